@@ -1,0 +1,403 @@
+//! A split virtqueue (VIRTIO 1.3, 2.7) that checks what the driver put in it, once for all devices.
+//!
+//! A popped [`Chain`] is valid: every segment lies in guest memory, readable ones come before writable ones, the
+//! chain ends, its length fits 32 bits, and its head is not in flight already. Whatever is not so is a
+//! [`QueueError`], after which the device needs a reset.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use smallvec::SmallVec;
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+
+use super::device::{DeviceError, Progress};
+use super::interrupt::Interrupt;
+use crate::Memory;
+
+/// What the driver did wrong with a queue.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// The ring itself is out of bounds or inconsistent.
+    #[error("{0}")]
+    Ring(#[from] virtio_queue::Error),
+    /// A chain has no end, no descriptor, a bad next or indirect table, or more than 2^32 bytes.
+    #[error("descriptor chain {head} is malformed")]
+    Malformed {
+        /// The chain's head.
+        head: u16,
+    },
+    /// A readable descriptor follows a writable one (VIRTIO 1.3, 2.7.4.2).
+    #[error("descriptor chain {head} has a readable buffer behind a writable one")]
+    Order {
+        /// The chain's head.
+        head: u16,
+    },
+    /// A descriptor points outside guest memory.
+    #[error("descriptor chain {head} points outside memory: {len} bytes at {addr:#x}")]
+    OutsideMemory {
+        /// The chain's head.
+        head: u16,
+        /// Guest physical address.
+        addr: u64,
+        /// Length in bytes.
+        len: u32,
+    },
+    /// The same head was made available twice without having been used in between.
+    #[error("descriptor {0} was made available while in flight")]
+    InFlight(u16),
+    /// A range asked for lies past the end of a chain.
+    #[error("bytes {start}..{end} of a buffer of {len}")]
+    Bounds {
+        /// First byte asked for.
+        start: u64,
+        /// One past the last byte asked for.
+        end: u64,
+        /// Bytes there are.
+        len: u64,
+    },
+    /// Guest memory refused an access that was checked before.
+    #[error("guest memory: {0}")]
+    Memory(String),
+}
+
+/// A contiguous run of guest-physical bytes inside guest memory, never empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// Guest physical address of the first byte.
+    pub addr: GuestAddress,
+    /// Length in bytes.
+    pub len: u32,
+}
+
+/// The buffers of one direction of a chain, as one run of bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Segments {
+    list: SmallVec<[Segment; 4]>,
+    len: u64,
+}
+
+/// Volatile views on guest memory, in order.
+pub type Slices<'m> = SmallVec<[VolatileSlice<'m>; 8]>;
+
+impl Segments {
+    /// Total bytes, at most 2^32.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The segments in order.
+    pub fn iter(&self) -> impl Iterator<Item = &Segment> {
+        self.list.iter()
+    }
+
+    fn push(&mut self, addr: GuestAddress, len: u32) {
+        if len > 0 {
+            self.list.push(Segment { addr, len });
+            self.len += u64::from(len);
+        }
+    }
+
+    /// The parts of the segments that hold bytes `range`, in order.
+    fn clip(&self, range: Range<u64>) -> Result<SmallVec<[Segment; 8]>, QueueError> {
+        if range.start > range.end || range.end > self.len {
+            return Err(QueueError::Bounds {
+                start: range.start,
+                end: range.end,
+                len: self.len,
+            });
+        }
+        let mut clipped = SmallVec::new();
+        let mut base = 0u64;
+        for segment in &self.list {
+            let end = base + u64::from(segment.len);
+            let from = range.start.max(base);
+            let to = range.end.min(end);
+            if from < to {
+                clipped.push(Segment {
+                    addr: GuestAddress(segment.addr.0 + (from - base)),
+                    len: u32::try_from(to - from).unwrap_or(segment.len),
+                });
+            }
+            base = end;
+        }
+        Ok(clipped)
+    }
+
+    /// Views on bytes `range` of the buffer.
+    pub fn slices<'m>(
+        &self,
+        memory: &'m Memory,
+        range: Range<u64>,
+    ) -> Result<Slices<'m>, QueueError> {
+        let mut slices = Slices::new();
+        for segment in self.clip(range)? {
+            let found = memory
+                .get_slices(segment.addr, segment.len as usize)
+                .stop_on_error()
+                .map_err(memory_error)?;
+            slices.extend(found);
+        }
+        Ok(slices)
+    }
+
+    /// Copies `buf.len()` bytes from `offset` of the buffer into `buf`.
+    pub fn read_at(&self, memory: &Memory, offset: u64, buf: &mut [u8]) -> Result<(), QueueError> {
+        let end = offset.saturating_add(buf.len() as u64);
+        let mut rest = buf;
+        for segment in self.clip(offset..end)? {
+            let (now, later) = rest.split_at_mut(segment.len as usize);
+            memory.read_slice(now, segment.addr).map_err(memory_error)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Copies `buf` to `offset` of the buffer.
+    pub fn write_at(&self, memory: &Memory, offset: u64, buf: &[u8]) -> Result<(), QueueError> {
+        let end = offset.saturating_add(buf.len() as u64);
+        let mut rest = buf;
+        for segment in self.clip(offset..end)? {
+            let (now, later) = rest.split_at(segment.len as usize);
+            memory
+                .write_slice(now, segment.addr)
+                .map_err(memory_error)?;
+            rest = later;
+        }
+        Ok(())
+    }
+}
+
+fn memory_error(error: vm_memory::GuestMemoryError) -> QueueError {
+    QueueError::Memory(error.to_string())
+}
+
+/// One buffer the driver made available: what the device may read, then what it may write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain {
+    head: u16,
+    /// Bytes from the driver.
+    pub readable: Segments,
+    /// Room for bytes to the driver.
+    pub writable: Segments,
+}
+
+impl Chain {
+    /// Index of the first descriptor, which names the chain in the used ring.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+}
+
+/// What to do after one chain of [`VirtQueue::drain`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flow {
+    /// Go on with the next.
+    Continue,
+    /// Stop here: the backend cannot take more now. Another event will start the work again.
+    Stop,
+}
+
+/// A queue the driver made ready.
+pub struct VirtQueue {
+    queue: Queue,
+    index: usize,
+    memory: Arc<Memory>,
+    interrupt: Arc<Interrupt>,
+    /// One bit per descriptor: popped as a head and not yet completed.
+    in_flight: Vec<u64>,
+}
+
+impl VirtQueue {
+    /// Takes a queue whose addresses and size the driver has set. `index` is its number in the device.
+    pub fn new(
+        queue: Queue,
+        index: usize,
+        memory: Arc<Memory>,
+        interrupt: Arc<Interrupt>,
+    ) -> Result<Self, QueueError> {
+        if !queue.is_valid(memory.as_ref()) {
+            return Err(QueueError::Ring(virtio_queue::Error::QueueNotReady));
+        }
+        let in_flight = vec![0; usize::from(queue.size()).div_ceil(64)];
+        Ok(VirtQueue {
+            queue,
+            index,
+            memory,
+            interrupt,
+            in_flight,
+        })
+    }
+
+    /// The queue's number in the device.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Guest memory the queue lives in.
+    pub fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// The ring's own state, to be saved.
+    pub fn state(&self) -> virtio_queue::QueueState {
+        self.queue.state()
+    }
+
+    /// Wraps an error with this queue's number.
+    pub fn fail(&self, source: QueueError) -> DeviceError {
+        DeviceError::Queue {
+            index: self.index,
+            source,
+        }
+    }
+
+    /// Takes the next available chain, if there is one.
+    pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
+        let memory = self.memory.as_ref();
+        let Some(descriptors) = self.queue.iter(memory)?.next() else {
+            return Ok(None);
+        };
+        let head = descriptors.head_index();
+        let mut chain = Chain {
+            head,
+            readable: Segments::default(),
+            writable: Segments::default(),
+        };
+        // The iterator ends without a word on a malformed chain; only the last descriptor's flag tells.
+        let mut ended = false;
+        for descriptor in descriptors {
+            let (addr, len) = (descriptor.addr(), descriptor.len());
+            if len > 0 && !memory.check_range(addr, len as usize) {
+                return Err(QueueError::OutsideMemory {
+                    head,
+                    addr: addr.0,
+                    len,
+                });
+            }
+            if descriptor.is_write_only() {
+                chain.writable.push(addr, len);
+            } else if chain.writable.is_empty() {
+                chain.readable.push(addr, len);
+            } else {
+                return Err(QueueError::Order { head });
+            }
+            ended = !descriptor.has_next();
+        }
+        if !ended {
+            return Err(QueueError::Malformed { head });
+        }
+        self.mark_in_flight(head)?;
+        Ok(Some(chain))
+    }
+
+    /// Makes the chain popped last available again, as if it had not been popped.
+    pub fn undo_pop(&mut self, chain: Chain) {
+        self.clear_in_flight(chain.head);
+        self.queue.go_to_previous_position();
+    }
+
+    /// Puts `chain` in the used ring with `written` bytes of its writable part filled.
+    pub fn complete(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        self.clear_in_flight(head);
+        self.queue.add_used(self.memory.as_ref(), head, written)?;
+        Ok(())
+    }
+
+    /// Interrupts the driver if it wants to know of what was completed since the last call.
+    pub fn signal(&mut self) -> Result<(), QueueError> {
+        if self.queue.needs_notification(self.memory.as_ref())? && self.wants_interrupt()? {
+            self.interrupt.used_buffer();
+        }
+        Ok(())
+    }
+
+    /// Whether the driver lets itself be interrupted (VIRTIO 1.3, 2.7.7); with event index its flag means nothing.
+    fn wants_interrupt(&self) -> Result<bool, QueueError> {
+        if self.queue.event_idx_enabled() {
+            return Ok(true);
+        }
+        let flags: u16 = self
+            .memory
+            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+            .map_err(memory_error)?;
+        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    /// Asks the driver not to kick: the device is looking at the ring anyway.
+    pub fn disable_kicks(&mut self) -> Result<(), QueueError> {
+        Ok(self.queue.disable_notification(self.memory.as_ref())?)
+    }
+
+    /// Asks the driver to kick again. True: chains came in meanwhile, look once more.
+    pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
+        Ok(self.queue.enable_notification(self.memory.as_ref())?)
+    }
+
+    /// Hands each available chain to `each`, at most `budget` of them, with kicks suppressed meanwhile, and signals
+    /// what `each` completed.
+    pub fn drain(
+        &mut self,
+        budget: usize,
+        mut each: impl FnMut(&mut Self, Chain) -> Result<Flow, QueueError>,
+    ) -> Result<Progress, DeviceError> {
+        self.drain_queue(budget, &mut each)
+            .map_err(|source| self.fail(source))
+    }
+
+    fn drain_queue(
+        &mut self,
+        budget: usize,
+        each: &mut impl FnMut(&mut Self, Chain) -> Result<Flow, QueueError>,
+    ) -> Result<Progress, QueueError> {
+        let mut left = budget;
+        loop {
+            self.disable_kicks()?;
+            while let Some(chain) = self.pop()? {
+                if each(self, chain)? == Flow::Stop {
+                    self.signal()?;
+                    return Ok(Progress::Done);
+                }
+                left = left.saturating_sub(1);
+                if left == 0 {
+                    self.signal()?;
+                    return Ok(Progress::Again);
+                }
+            }
+            self.signal()?;
+            if !self.enable_kicks()? {
+                return Ok(Progress::Done);
+            }
+        }
+    }
+
+    fn mark_in_flight(&mut self, head: u16) -> Result<(), QueueError> {
+        let (word, bit) = (usize::from(head) / 64, 1u64 << (head % 64));
+        // A head past the queue's end has no descriptor, and was refused as malformed before.
+        let slot = self
+            .in_flight
+            .get_mut(word)
+            .ok_or(QueueError::Malformed { head })?;
+        if *slot & bit != 0 {
+            return Err(QueueError::InFlight(head));
+        }
+        *slot |= bit;
+        Ok(())
+    }
+
+    fn clear_in_flight(&mut self, head: u16) {
+        if let Some(slot) = self.in_flight.get_mut(usize::from(head) / 64) {
+            *slot &= !(1u64 << (head % 64));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,3 @@
+//! How a driver finds and configures a device.
+
+pub mod mmio;
