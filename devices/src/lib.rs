@@ -8,6 +8,8 @@
 pub mod metrics;
 #[macro_use]
 pub mod guest_log;
+pub mod legacy;
+pub mod rate_limiter;
 pub mod virtio;
 
 use vm_memory::GuestMemoryMmap;

@@ -1,1 +1,6 @@
+//! Every unsafe call to the host kernel that a device needs, behind safe interfaces.
 
+pub mod file;
+pub mod stream;
+pub mod tap;
+pub mod uring;

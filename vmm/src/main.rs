@@ -1,1 +1,190 @@
-fn main() {}
+//! `lepton-vmm`: wiring only.
+
+use std::io;
+use std::process;
+use std::sync::Arc;
+use std::thread;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use lepton_api::http::SocketFile;
+use lepton_api::types::{Logger, MetricsTarget};
+use lepton_api::{Action, Server, config_file};
+use lepton_vmm::cli::Cli;
+use lepton_vmm::controller::{Controller, Inbox, Mailbox, Message, Next, Options, mailbox};
+use lepton_vmm::events::Loop;
+use lepton_vmm::exit::ExitCode;
+use lepton_vmm::signal::{self, OrderlyEnds};
+use std::os::fd::AsRawFd;
+
+/// An end before the machine could run: what to say, and with which status.
+struct Failure {
+    code: ExitCode,
+    message: String,
+}
+
+fn failure<E: std::fmt::Display>(code: ExitCode, what: &str) -> impl FnOnce(E) -> Failure {
+    let what = what.to_owned();
+    move |error| Failure {
+        code,
+        message: if what.is_empty() {
+            error.to_string()
+        } else {
+            format!("{what}: {error}")
+        },
+    }
+}
+
+fn main() {
+    let code = match Cli::try_parse() {
+        Ok(cli) => match run(cli) {
+            Ok(code) => code,
+            Err(failure) => {
+                eprintln!("lepton-vmm: {}", failure.message);
+                failure.code
+            }
+        },
+        Err(error) => {
+            // Nothing is left to do if the message cannot be written.
+            drop(error.print());
+            match error.kind() {
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::Success,
+                _ => ExitCode::BadArguments,
+            }
+        }
+    };
+    // Threads that still serve clients end here with the process.
+    process::exit(code as i32);
+}
+
+fn run(cli: Cli) -> Result<ExitCode, Failure> {
+    let host = |what| failure::<io::Error>(ExitCode::Failure, what);
+    lepton_vmm::log::init(&cli.id);
+    signal::install().map_err(host("signal handlers"))?;
+    let ends = signal::orderly_ends().map_err(host("signalfd"))?;
+
+    let (mailbox, inbox) = mailbox().map_err(host("mailbox"))?;
+    // The socket comes first: a client waits for it, and can wait in it.
+    let _socket = match cli.no_api {
+        true => None,
+        false => Some(serve(&cli, mailbox.clone())?),
+    };
+    let mut events = Loop::new().map_err(failure(ExitCode::Failure, "event loop"))?;
+    events.add_subscriber(inbox.waker());
+    events.add_subscriber(Box::new(Ends {
+        ends,
+        mailbox: mailbox.clone(),
+    }));
+    let options = Options {
+        id: cli.id.clone(),
+        boot_timer: cli.boot_timer,
+        confine_vcpu: Arc::new(|| Ok(())),
+    };
+    let mut controller =
+        Controller::new(options, mailbox).map_err(failure(ExitCode::Failure, "defaults"))?;
+    configure(&cli, &mut controller, &mut events)?;
+    let code = attend(&mut controller, &inbox, &mut events)?;
+    controller.finish();
+    Ok(code)
+}
+
+/// Applies the command line's settings and the configuration file, and starts what the latter describes.
+fn configure(cli: &Cli, controller: &mut Controller, events: &mut Loop) -> Result<(), Failure> {
+    let mut apply = |action: Action, code| {
+        let applied = controller.execute(action, events);
+        applied.map(drop).map_err(failure(code, ""))
+    };
+    apply(
+        Action::PutLogger(Logger {
+            log_path: cli.log_path.clone(),
+            level: cli.level,
+            show_level: cli.show_level.then_some(true),
+            show_log_origin: cli.show_log_origin.then_some(true),
+            module: cli.module.clone(),
+        }),
+        ExitCode::Failure,
+    )?;
+    if let Some(path) = &cli.metrics_path {
+        let target = MetricsTarget {
+            metrics_path: path.clone(),
+            emit_id: false,
+            properties: None,
+        };
+        apply(Action::PutMetrics(target), ExitCode::Failure)?;
+    }
+    if let Some(path) = &cli.config_file {
+        let bad = ExitCode::BadConfiguration;
+        let file = path.display().to_string();
+        let actions = config_file::load(path).map_err(failure(bad, ""))?;
+        for action in actions.into_iter().chain([Action::InstanceStart]) {
+            let named = |failure: Failure| Failure {
+                message: format!("{file}: {}", failure.message),
+                ..failure
+            };
+            apply(action, bad).map_err(named)?;
+        }
+    }
+    Ok(())
+}
+
+/// Handles events until the process is to end.
+fn attend(
+    controller: &mut Controller,
+    inbox: &Inbox,
+    events: &mut Loop,
+) -> Result<ExitCode, Failure> {
+    loop {
+        while let Some(message) = inbox.next() {
+            if let Next::Exit(code) = controller.handle(message, events) {
+                return Ok(code);
+            }
+        }
+        events
+            .run()
+            .map_err(failure(ExitCode::Failure, "event loop"))?;
+    }
+}
+
+/// Binds the API's socket and serves it from a thread of its own. The socket's file goes with what is returned.
+fn serve(cli: &Cli, mailbox: Mailbox) -> Result<SocketFile, Failure> {
+    let mut server = Server::bind(&cli.api_sock).map_err(failure(ExitCode::Failure, ""))?;
+    server.set_max_payload(cli.http_api_max_payload_size);
+    let file = server.take_socket_file().ok_or_else(|| Failure {
+        code: ExitCode::Failure,
+        message: format!("{}: the socket has no file", cli.api_sock.display()),
+    })?;
+    let end = mailbox.clone();
+    thread::Builder::new()
+        .name("api".into())
+        .stack_size(512 << 10)
+        .spawn(move || {
+            if let Err(error) = server.serve(|action| mailbox.request(action)) {
+                log::error!("the API cannot be served any more: {error}");
+                end.send(Message::End(ExitCode::Failure));
+            }
+        })
+        .map_err(failure(ExitCode::Failure, "API thread"))?;
+    Ok(file)
+}
+
+/// Turns signals into messages.
+struct Ends {
+    ends: OrderlyEnds,
+    mailbox: Mailbox,
+}
+
+impl MutEventSubscriber for Ends {
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        while let Some(code) = self.ends.next() {
+            self.mailbox.send(Message::End(code));
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        let signals = Events::with_data_raw(self.ends.0.as_raw_fd(), 0, EventSet::IN);
+        if let Err(error) = ops.add(signals) {
+            log::error!("cannot watch for signals: {error}");
+        }
+    }
+}

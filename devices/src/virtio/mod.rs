@@ -1,6 +1,11 @@
 //! VIRTIO 1.3 devices.
 
+pub mod block;
 pub mod device;
 pub mod interrupt;
+pub mod net;
 pub mod queue;
+#[cfg(test)]
+pub mod testing;
 pub mod transport;
+pub mod vsock;

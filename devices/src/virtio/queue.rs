@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use smallvec::SmallVec;
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
@@ -106,7 +106,7 @@ impl Segments {
     }
 
     /// The parts of the segments that hold bytes `range`, in order.
-    fn clip(&self, range: Range<u64>) -> Result<SmallVec<[Segment; 8]>, QueueError> {
+    pub fn clip(&self, range: Range<u64>) -> Result<SmallVec<[Segment; 8]>, QueueError> {
         if range.start > range.end || range.end > self.len {
             return Err(QueueError::Bounds {
                 start: range.start,
@@ -213,6 +213,8 @@ pub struct VirtQueue {
     interrupt: Arc<Interrupt>,
     /// One bit per descriptor: popped as a head and not yet completed.
     in_flight: Vec<u64>,
+    /// The used index when the driver was last considered for an interrupt.
+    signalled: u16,
 }
 
 impl VirtQueue {
@@ -227,12 +229,14 @@ impl VirtQueue {
             return Err(QueueError::Ring(virtio_queue::Error::QueueNotReady));
         }
         let in_flight = vec![0; usize::from(queue.size()).div_ceil(64)];
+        let signalled = queue.next_used();
         Ok(VirtQueue {
             queue,
             index,
             memory,
             interrupt,
             in_flight,
+            signalled,
         })
     }
 
@@ -306,29 +310,65 @@ impl VirtQueue {
 
     /// Puts `chain` in the used ring with `written` bytes of its writable part filled.
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        self.clear_in_flight(head);
-        self.queue.add_used(self.memory.as_ref(), head, written)?;
-        Ok(())
+        self.complete_together(&[(head, written)])
+    }
+
+    /// Puts several chains, each a head and its bytes written, in the used ring so that the driver sees either none
+    /// or all of them, as it must for a frame in several buffers (VIRTIO 1.3, 5.1.6.4.1).
+    pub fn complete_together(&mut self, used: &[(u16, u32)]) -> Result<(), QueueError> {
+        let (ring, size) = (self.queue.used_ring(), self.queue.size());
+        let mut next = self.queue.next_used();
+        for &(head, written) in used {
+            self.clear_in_flight(head);
+            // Both are far below the end of the address space: the ring was checked to lie in guest memory.
+            let element = ring + 4 + 8 * u64::from(next % size);
+            let value = u64::from(head) | u64::from(written) << 32;
+            self.memory
+                .write_obj(value.to_le(), GuestAddress(element))
+                .map_err(memory_error)?;
+            next = next.wrapping_add(1);
+        }
+        self.queue.set_next_used(next);
+        // Release: whoever sees the index sees the elements and the buffers.
+        self.memory
+            .store(next.to_le(), GuestAddress(ring + 2), Ordering::Release)
+            .map_err(memory_error)
     }
 
     /// Interrupts the driver if it wants to know of what was completed since the last call.
     pub fn signal(&mut self) -> Result<(), QueueError> {
-        if self.queue.needs_notification(self.memory.as_ref())? && self.wants_interrupt()? {
-            self.interrupt.used_buffer();
+        let (old, new) = (self.signalled, self.queue.next_used());
+        if old != new {
+            self.signalled = new;
+            if self.wants_interrupt(old, new)? {
+                self.interrupt.used_buffer();
+            }
         }
         Ok(())
     }
 
-    /// Whether the driver lets itself be interrupted (VIRTIO 1.3, 2.7.7); with event index its flag means nothing.
-    fn wants_interrupt(&self) -> Result<bool, QueueError> {
-        if self.queue.event_idx_enabled() {
-            return Ok(true);
-        }
-        let flags: u16 = self
+    /// Whether the driver wants an interrupt for used elements `old..new` (VIRTIO 1.3, 2.7.7 and 2.7.10).
+    fn wants_interrupt(&self, old: u16, new: u16) -> Result<bool, QueueError> {
+        // The driver writes its wish, then looks at the used index: here it must be the other way round.
+        fence(Ordering::SeqCst);
+        let event_idx = self.queue.event_idx_enabled();
+        // The field `flags` is at the ring's start, `used_event` behind its last element.
+        let offset = match event_idx {
+            true => 4 + 2 * u64::from(self.queue.size()),
+            false => 0,
+        };
+        let wish: u16 = self
             .memory
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+            .load(
+                GuestAddress(self.queue.avail_ring() + offset),
+                Ordering::Relaxed,
+            )
             .map_err(memory_error)?;
-        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        let wish = u16::from_le(wish);
+        Ok(match event_idx {
+            true => new.wrapping_sub(wish).wrapping_sub(1) < new.wrapping_sub(old),
+            false => u32::from(wish) & VRING_AVAIL_F_NO_INTERRUPT == 0,
+        })
     }
 
     /// Asks the driver not to kick: the device is looking at the ring anyway.

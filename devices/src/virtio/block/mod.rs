@@ -1,0 +1,15 @@
+//! virtio-blk (VIRTIO 1.3, 5.2): a raw disk image as a block device.
+
+mod config;
+mod device;
+mod engine;
+mod metrics;
+mod request;
+mod turn;
+
+pub use device::{Block, BlockConfig, BlockError, CacheType};
+pub use engine::EngineKind;
+pub use metrics::BlockMetrics;
+
+#[cfg(test)]
+mod tests;

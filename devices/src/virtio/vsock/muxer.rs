@@ -1,0 +1,497 @@
+//! All connections of a device, the listening socket, and what they wait for.
+//!
+//! Every bound here protects the host from a guest or a client that asks for too much: of connections
+//! ([`MAX_CONNECTIONS`]), of bytes held for slow hosts ([`LARGE_BUFFER`]), of clients that never say what they want
+//! ([`super::handshake::MAX_WAITING`]) and of refusals that the guest does not take ([`Muxer::is_congested`]).
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, connect, socket_with,
+};
+use vm_memory::VolatileSlice;
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::connection::{Connection, ConnectionKey, Next, Readiness};
+use super::handshake::{Line, Waiting};
+use super::packet::{Header, Op, TYPE_STREAM};
+use super::poller::{BATCH, PORT_ANY, Poller, Token};
+use super::{Cid, HOST_CID, VsockMetrics};
+use crate::virtio::device::Progress;
+
+/// Most connections at once. More are refused.
+pub const MAX_CONNECTIONS: usize = 1023;
+/// Bytes of receive buffer (`buf_alloc`) of the first [`LARGE_BUFFERS`] connections: how much a guest may send to a
+/// host that does not read.
+pub const LARGE_BUFFER: u32 = 256 << 10;
+/// Connections that get a [`LARGE_BUFFER`].
+pub const LARGE_BUFFERS: usize = 64;
+/// Bytes of receive buffer of all others. Together 76 MiB, if every host is slow and the guest floods all of them.
+pub const SMALL_BUFFER: u32 = 64 << 10;
+
+/// Refusals waiting for the guest at which no more of its packets are taken.
+const MAX_REPLIES: usize = 256;
+/// Clients accepted at once.
+const ACCEPT_BATCH: usize = 64;
+/// When to try again after the host ran out of descriptors or memory for a client.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+/// Ports given to clients, as other implementations of this protocol do: 2^30 to 2^31 - 1.
+const FIRST_CLIENT_PORT: u32 = 1 << 30;
+
+/// What goes into the guest's next receive buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rx {
+    /// A packet without data.
+    Packet(Header),
+    /// Data of a connection: call [`Muxer::read`] with buffers for up to `credit` bytes.
+    Data {
+        /// The connection.
+        key: ConnectionKey,
+        /// Bytes the guest takes, at least 1.
+        credit: u32,
+    },
+}
+
+struct Slot {
+    connection: Connection<UnixStream>,
+    /// In `Muxer::ready`.
+    queued: bool,
+    /// As it stands in `Muxer::deadlines`.
+    deadline: Option<Instant>,
+    /// Watched for writing.
+    writing: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Alarm {
+    Accept,
+    Connection(ConnectionKey),
+}
+
+/// See the module.
+pub struct Muxer {
+    cid: Cid,
+    uds_path: PathBuf,
+    listener: UnixListener,
+    poller: Poller,
+    timer: TimerFd,
+    /// When the timer goes off.
+    armed: Option<Instant>,
+    connections: HashMap<ConnectionKey, Slot>,
+    waiting: Waiting,
+    /// Packets for ports that have no connection (any more).
+    replies: VecDeque<Header>,
+    /// Connections with something for the guest, each at most once, in turn.
+    ready: VecDeque<ConnectionKey>,
+    deadlines: BTreeSet<(Instant, Alarm)>,
+    last_port: u32,
+    /// There may be clients to accept.
+    accepting: bool,
+    metrics: Arc<VsockMetrics>,
+}
+
+impl Muxer {
+    /// A muxer for the guest `cid`, whose clients come to `listener` and whose servers are at `uds_path` with `_PORT`
+    /// behind it.
+    pub fn new(
+        cid: Cid,
+        listener: UnixListener,
+        uds_path: PathBuf,
+        metrics: Arc<VsockMetrics>,
+    ) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let poller = Poller::new()?;
+        let timer = TimerFd::new().map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+        poller.add(listener.as_raw_fd(), Token::Listener)?;
+        poller.add(timer.as_raw_fd(), Token::Timer)?;
+        Ok(Muxer {
+            cid,
+            uds_path,
+            listener,
+            poller,
+            timer,
+            armed: None,
+            connections: HashMap::new(),
+            waiting: Waiting::default(),
+            replies: VecDeque::new(),
+            ready: VecDeque::new(),
+            deadlines: BTreeSet::new(),
+            last_port: FIRST_CLIENT_PORT,
+            accepting: true,
+            metrics,
+        })
+    }
+
+    /// Number of connections, with those that only finish writing to their host.
+    pub fn connections(&self) -> usize {
+        self.connections.len()
+    }
+
+    /// Whether there is something for the guest. It may turn out to be nothing.
+    pub fn has_rx(&self) -> bool {
+        !self.replies.is_empty() || !self.ready.is_empty()
+    }
+
+    /// Whether to take no more packets from the guest until it takes some.
+    pub fn is_congested(&self) -> bool {
+        self.replies.len() >= MAX_REPLIES
+    }
+
+    /// Ends all connections, and forgets clients that have not said what they want.
+    pub fn reset(&mut self) {
+        self.metrics
+            .conns_removed
+            .add(self.connections.len() as u64);
+        self.connections.clear();
+        self.waiting.clear();
+        self.replies.clear();
+        self.ready.clear();
+        self.deadlines.clear();
+        // A timer that goes off for nothing does nothing.
+        self.accepting = true;
+    }
+
+    /// Looks at what became ready. Bounded.
+    pub fn poll(&mut self, now: Instant) -> Progress {
+        let events = self.poller.poll().unwrap_or_else(|error| {
+            self.metrics.muxer_event_fails.inc();
+            guest_warn!("vsock: epoll: {error}");
+            0
+        });
+        for index in 0..events {
+            match self.poller.event(index) {
+                Some((Token::Listener, _)) => self.accepting = true,
+                Some((Token::Timer, _)) => self.armed = None,
+                Some((Token::Waiting(id), _)) => self.on_line(id, now),
+                Some((Token::Connection(key), ready)) => self.on_host(key, ready, now),
+                None => {}
+            }
+        }
+        self.expire(now);
+        let accepted = self.accept(now);
+        self.arm_timer(now);
+        if events == BATCH || accepted > 0 {
+            Progress::Again
+        } else {
+            Progress::Done
+        }
+    }
+
+    /// Takes a packet from the guest. `data` is its data, as long as its header says.
+    pub fn on_packet(&mut self, packet: &Header, data: &[VolatileSlice], now: Instant) {
+        self.metrics.tx_packets_count.inc();
+        if packet.src_cid != self.cid.get() {
+            guest_warn!("vsock: packet from CID {} dropped", packet.src_cid);
+            return;
+        }
+        let key = packet.key();
+        let acceptable = packet.dst_cid == HOST_CID
+            && packet.kind == TYPE_STREAM
+            && key.guest_port != PORT_ANY
+            && key.host_port != PORT_ANY;
+        if !acceptable {
+            self.refuse(packet);
+            return;
+        }
+        match self.connections.get_mut(&key) {
+            Some(slot) if !slot.connection.is_over_for_guest() => {
+                slot.connection.on_packet(packet, data, now, &self.metrics);
+                self.sync(key);
+            }
+            None if packet.op == Some(Op::Request) => {
+                if let Err(error) = self.connect(packet) {
+                    log::debug!("vsock: guest to host port {}: {error}", key.host_port);
+                    self.refuse(packet);
+                }
+            }
+            _ => self.refuse(packet),
+        }
+        self.arm_timer(now);
+    }
+
+    /// Takes a packet from the guest whose data is not all there. Bytes of a stream are missing, so it ends.
+    pub fn on_truncated(&mut self, packet: &Header, now: Instant) {
+        let garbage = Header {
+            op: None,
+            len: 0,
+            ..*packet
+        };
+        self.on_packet(&garbage, &[], now);
+    }
+
+    /// What goes to the guest next.
+    pub fn next_rx(&mut self) -> Option<Rx> {
+        if let Some(reply) = self.replies.pop_front() {
+            return Some(Rx::Packet(reply));
+        }
+        while let Some(key) = self.ready.pop_front() {
+            let Some(slot) = self.connections.get_mut(&key) else {
+                continue;
+            };
+            slot.queued = false;
+            match slot.connection.next() {
+                Next::Nothing => {}
+                Next::Data(credit) => return Some(Rx::Data { key, credit }),
+                Next::Control => {
+                    let packet = slot.connection.control();
+                    self.sync(key);
+                    if let Some(packet) = packet {
+                        return Some(Rx::Packet(packet));
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    /// Reads from a connection's host what [`Rx::Data`] announced. The connection then waits for its next turn. Returns
+    /// a header whose `len` is the number of bytes; `None` if there are none now.
+    pub fn read(
+        &mut self,
+        key: ConnectionKey,
+        slices: &[VolatileSlice],
+        now: Instant,
+    ) -> Option<Header> {
+        let slot = self.connections.get_mut(&key)?;
+        let len = slot.connection.read(slices, now, &self.metrics);
+        let header = (len > 0).then(|| slot.connection.data_header(len));
+        self.sync(key);
+        self.arm_timer(now);
+        header
+    }
+
+    fn on_host(&mut self, key: ConnectionKey, ready: Readiness, now: Instant) {
+        if let Some(slot) = self.connections.get_mut(&key) {
+            slot.connection.on_host(ready, now, &self.metrics);
+            self.sync(key);
+        }
+    }
+
+    fn on_line(&mut self, id: u32, now: Instant) {
+        let Some((stream, line)) = self.waiting.take(id) else {
+            return;
+        };
+        match line {
+            Ok(Line::Connect { port, .. }) => {
+                if let Err(error) = self.request(stream, port, now) {
+                    log::warn!("vsock: client for guest port {port}: {error}");
+                }
+            }
+            Ok(_) => log::warn!("vsock: a client did not begin with \"CONNECT <port>\""),
+            Err(error) => log::debug!("vsock: a client left before it asked for a port: {error}"),
+        }
+    }
+
+    /// Passes a client's wish on to the guest.
+    fn request(&mut self, stream: UnixStream, guest_port: u32, now: Instant) -> io::Result<()> {
+        self.check_room()?;
+        let key = self.free_key(guest_port);
+        self.poller
+            .modify(stream.as_raw_fd(), Token::Connection(key), false)?;
+        let connection = Connection::from_host(key, self.cid, stream, self.buf_alloc(), now);
+        self.insert(key, connection);
+        Ok(())
+    }
+
+    /// Makes the connection to a host's server that the guest asks for.
+    fn connect(&mut self, packet: &Header) -> io::Result<()> {
+        self.check_room()?;
+        let key = packet.key();
+        let mut path = OsString::from(&self.uds_path);
+        path.push(format!("_{}", key.host_port));
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        // Does not wait: a server whose backlog is full refuses.
+        connect(&socket, &SocketAddrUnix::new(path.as_os_str())?)?;
+        let stream = UnixStream::from(socket);
+        self.poller
+            .add(stream.as_raw_fd(), Token::Connection(key))?;
+        let connection = Connection::from_guest(packet, self.cid, stream, self.buf_alloc())
+            .map_err(io::Error::other)?;
+        self.insert(key, connection);
+        Ok(())
+    }
+
+    fn check_room(&self) -> io::Result<()> {
+        if self.connections.len() < MAX_CONNECTIONS {
+            Ok(())
+        } else {
+            Err(io::Error::other(format!(
+                "there are {MAX_CONNECTIONS} connections already"
+            )))
+        }
+    }
+
+    fn buf_alloc(&self) -> u32 {
+        if self.connections.len() < LARGE_BUFFERS {
+            LARGE_BUFFER
+        } else {
+            SMALL_BUFFER
+        }
+    }
+
+    fn free_key(&mut self, guest_port: u32) -> ConnectionKey {
+        // Ends: far fewer connections than ports.
+        loop {
+            self.last_port = (self.last_port + 1) % FIRST_CLIENT_PORT + FIRST_CLIENT_PORT;
+            let key = ConnectionKey {
+                guest_port,
+                host_port: self.last_port,
+            };
+            if !self.connections.contains_key(&key) {
+                return key;
+            }
+        }
+    }
+
+    fn insert(&mut self, key: ConnectionKey, connection: Connection<UnixStream>) {
+        let slot = Slot {
+            connection,
+            queued: false,
+            deadline: None,
+            writing: false,
+        };
+        self.connections.insert(key, slot);
+        self.metrics.conns_added.inc();
+        self.sync(key);
+    }
+
+    /// Accepts clients. Returns how many.
+    fn accept(&mut self, now: Instant) -> usize {
+        let mut accepted = 0;
+        while self.accepting && accepted < ACCEPT_BATCH {
+            match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                Ok(socket) => {
+                    accepted += 1;
+                    let stream = UnixStream::from(socket);
+                    let token = Token::Waiting(self.waiting.next_id());
+                    match self.poller.add(stream.as_raw_fd(), token) {
+                        Ok(()) => self.waiting.push(stream),
+                        Err(error) => {
+                            self.metrics.conn_event_fails.inc();
+                            log::warn!("vsock: cannot watch a client: {error}");
+                        }
+                    }
+                }
+                Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {}
+                Err(error) => {
+                    self.accepting = false;
+                    if error != rustix::io::Errno::AGAIN {
+                        // The client is still there, and will not be announced again.
+                        guest_warn!("vsock: cannot accept a client: {error}");
+                        self.deadlines.insert((now + ACCEPT_RETRY, Alarm::Accept));
+                    }
+                }
+            }
+        }
+        accepted
+    }
+
+    fn refuse(&mut self, packet: &Header) {
+        // An RST has no answer, or two sides could go on forever.
+        if packet.op != Some(Op::Rst) {
+            self.replies.push_back(packet.refusal());
+        }
+    }
+
+    /// Does what the state of connection `key` asks for, after it may have changed.
+    fn sync(&mut self, key: ConnectionKey) {
+        let Some(slot) = self.connections.get_mut(&key) else {
+            return;
+        };
+        let connection = &mut slot.connection;
+        self.replies.extend(connection.take_rst());
+        let writing = connection.wants_writable();
+        if writing != slot.writing && !connection.is_closed() {
+            let fd = connection.stream().as_raw_fd();
+            match self.poller.modify(fd, Token::Connection(key), writing) {
+                Ok(()) => slot.writing = writing,
+                // Cannot happen with a descriptor that is watched. Should it, the next change tries again.
+                Err(_) => self.metrics.conn_event_fails.inc(),
+            }
+        }
+        let deadline = connection.deadline();
+        if deadline != slot.deadline {
+            let alarm = Alarm::Connection(key);
+            if let Some(old) = slot.deadline {
+                self.deadlines.remove(&(old, alarm));
+            }
+            self.deadlines.extend(deadline.map(|new| (new, alarm)));
+            slot.deadline = deadline;
+        }
+        if connection.is_closed() {
+            self.remove(key);
+        } else if !slot.queued && connection.next() != Next::Nothing {
+            slot.queued = true;
+            self.ready.push_back(key);
+        }
+    }
+
+    fn remove(&mut self, key: ConnectionKey) {
+        let Some(slot) = self.connections.remove(&key) else {
+            return;
+        };
+        self.metrics.conns_removed.inc();
+        if slot.queued {
+            self.ready.retain(|&other| other != key);
+        }
+        if let Some(deadline) = slot.deadline {
+            self.deadlines.remove(&(deadline, Alarm::Connection(key)));
+        }
+    }
+
+    /// Ends what did not happen by `now`.
+    pub fn expire(&mut self, now: Instant) {
+        while let Some(&(deadline, alarm)) = self.deadlines.first() {
+            if deadline > now {
+                break;
+            }
+            self.deadlines.pop_first();
+            match alarm {
+                Alarm::Accept => self.accepting = true,
+                Alarm::Connection(key) => {
+                    if let Some(slot) = self.connections.get_mut(&key) {
+                        slot.deadline = None;
+                        slot.connection.expire(now, &self.metrics);
+                        self.sync(key);
+                    }
+                }
+            }
+        }
+    }
+
+    fn arm_timer(&mut self, now: Instant) {
+        let Some(&(first, _)) = self.deadlines.first() else {
+            return;
+        };
+        // A timer that goes off early does no harm, and is not worth a system call.
+        if self.armed.is_some_and(|armed| armed <= first) {
+            return;
+        }
+        // 0 would disarm it.
+        let wait = first
+            .saturating_duration_since(now)
+            .max(Duration::from_micros(1));
+        match self.timer.reset(wait, None) {
+            Ok(()) => self.armed = Some(first),
+            Err(error) => {
+                self.metrics.muxer_event_fails.inc();
+                guest_warn!("vsock: timer: {error}");
+            }
+        }
+    }
+}
+
+impl AsRawFd for Muxer {
+    /// Readable (edge triggered) when [`Muxer::poll`] has something to do.
+    fn as_raw_fd(&self) -> RawFd {
+        self.poller.as_raw_fd()
+    }
+}

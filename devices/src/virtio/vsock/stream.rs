@@ -1,0 +1,44 @@
+//! The host's side of a connection as the state machine sees it.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+
+use rustix::io::retry_on_intr;
+use rustix::net::SendFlags;
+use vm_memory::VolatileSlice;
+
+/// A non-blocking byte stream.
+pub trait HostStream {
+    /// Reads into guest memory. 0 bytes: the other side will send no more.
+    fn read_into(&mut self, slices: &[VolatileSlice]) -> io::Result<usize>;
+
+    /// Writes from guest memory.
+    fn write_from(&mut self, slices: &[VolatileSlice]) -> io::Result<usize>;
+
+    /// Writes from own memory.
+    fn write_bytes(&mut self, bytes: &[u8]) -> io::Result<usize>;
+
+    /// Gives up a direction.
+    fn shutdown(&mut self, how: Shutdown) -> io::Result<()>;
+}
+
+impl HostStream for UnixStream {
+    fn read_into(&mut self, slices: &[VolatileSlice]) -> io::Result<usize> {
+        lepton_hostio::stream::read_vectored(&*self, slices)
+    }
+
+    fn write_from(&mut self, slices: &[VolatileSlice]) -> io::Result<usize> {
+        lepton_hostio::stream::send_vectored(&*self, slices)
+    }
+
+    fn write_bytes(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(retry_on_intr(|| {
+            rustix::net::send(&*self, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+        })?)
+    }
+
+    fn shutdown(&mut self, how: Shutdown) -> io::Result<()> {
+        UnixStream::shutdown(self, how)
+    }
+}

@@ -1,0 +1,7 @@
+//! x86-64: where things lie in guest memory, what firmware would have left there, and how a vCPU starts.
+
+pub mod acpi;
+pub mod cpuid;
+pub mod layout;
+pub mod mptable;
+pub mod registers;

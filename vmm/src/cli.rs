@@ -1,0 +1,141 @@
+//! The command line: Firecracker's options, so that what starts it starts this.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use lepton_api::types::LogLevel;
+
+/// Where the API listens if nothing is said.
+pub const DEFAULT_API_SOCKET: &str = "/run/firecracker.socket";
+/// A machine's id if nothing is said.
+pub const DEFAULT_ID: &str = "anonymous-instance";
+/// Most bytes of a request's body if nothing is said.
+pub const DEFAULT_MAX_PAYLOAD: usize = 51_200;
+const MAX_ID: usize = 64;
+
+/// Runs one virtual machine.
+#[derive(Debug, Parser)]
+#[command(name = "lepton-vmm", version, disable_help_subcommand = true)]
+pub struct Cli {
+    /// Unix socket on which the API listens.
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_API_SOCKET)]
+    pub api_sock: PathBuf,
+
+    /// The machine's id: 1 to 64 letters, digits and hyphens.
+    #[arg(long, default_value = DEFAULT_ID, value_parser = parse_id)]
+    pub id: String,
+
+    /// JSON file with the machine's configuration. The machine is started at once.
+    #[arg(long, value_name = "PATH")]
+    pub config_file: Option<PathBuf>,
+
+    /// Do not listen for API requests.
+    #[arg(long, requires = "config_file")]
+    pub no_api: bool,
+
+    /// Give the guest a register to tell that it has booted; the log then says how long it took.
+    #[arg(long)]
+    pub boot_timer: bool,
+
+    /// File or named pipe for the log instead of the standard output.
+    #[arg(long, value_name = "PATH")]
+    pub log_path: Option<PathBuf>,
+
+    /// Least severe level that is logged: Off, Error, Warn, Info, Debug or Trace.
+    #[arg(long)]
+    pub level: Option<LogLevel>,
+
+    /// Log each line's level.
+    #[arg(long)]
+    pub show_level: bool,
+
+    /// Log each line's file and line number.
+    #[arg(long)]
+    pub show_log_origin: bool,
+
+    /// Log only what comes from modules with this prefix.
+    #[arg(long, value_name = "PREFIX")]
+    pub module: Option<String>,
+
+    /// File or named pipe for the metrics, one line of JSON each time.
+    #[arg(long, value_name = "PATH")]
+    pub metrics_path: Option<PathBuf>,
+
+    /// Compiled seccomp filters to use instead of the built-in ones.
+    #[arg(long, value_name = "PATH", conflicts_with = "no_seccomp")]
+    pub seccomp_filter: Option<PathBuf>,
+
+    /// Run without seccomp filters. Not for production.
+    #[arg(long)]
+    pub no_seccomp: bool,
+
+    /// Most bytes of an API request's body.
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MAX_PAYLOAD)]
+    pub http_api_max_payload_size: usize,
+
+    /// Wall clock in microseconds when this process was started, for the metrics.
+    #[arg(long, value_name = "MICROSECONDS")]
+    pub start_time_us: Option<u64>,
+
+    /// CPU clock in microseconds when this process was started, for the metrics.
+    #[arg(long, value_name = "MICROSECONDS")]
+    pub start_time_cpu_us: Option<u64>,
+
+    /// CPU microseconds that the parent spent for this process, for the metrics.
+    #[arg(long, value_name = "MICROSECONDS")]
+    pub parent_cpu_time_us: Option<u64>,
+}
+
+fn parse_id(id: &str) -> Result<String, String> {
+    let fits = (1..=MAX_ID).contains(&id.len());
+    if fits && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
+        Ok(id.to_owned())
+    } else {
+        Err(format!(
+            "an id has 1 to {MAX_ID} letters, digits and hyphens"
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &[&str]) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from([&["lepton-vmm"], args].concat())
+    }
+
+    #[test]
+    fn what_clients_pass_is_understood() {
+        let cli = parse(&[
+            "--api-sock",
+            "/tmp/a.sock",
+            "--id",
+            "vm-1",
+            "--level",
+            "warning",
+            "--start-time-us",
+            "12",
+            "--no-seccomp",
+        ])
+        .unwrap();
+        assert_eq!(cli.level, Some(LogLevel::Warn));
+        assert_eq!(cli.start_time_us, Some(12));
+        assert!(parse(&["--config-file", "x", "--no-api"]).is_ok());
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_refused() {
+        for bad in [
+            &["--id", ""][..],
+            &["--id", "a/b"],
+            &["--id", &"a".repeat(65)],
+            &["--no-api"],
+            &["--level", "loud"],
+            &["--seccomp-filter", "x", "--no-seccomp"],
+            &["--http-api-max-payload-size", "-1"],
+        ] {
+            assert!(parse(bad).is_err(), "{bad:?}");
+        }
+    }
+}

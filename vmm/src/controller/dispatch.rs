@@ -1,0 +1,389 @@
+//! From an action to the call that does it, and its answer.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use lepton_api::types::{ActionType, InstanceInfo, InstanceState, Logger, Version, VmState};
+use lepton_api::{Action, Fault, Reply};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::mailbox::{Mailbox, Message};
+use super::phase::Phase;
+use super::policy::{self, Stage};
+use crate::config::{ConfigError, Configuration};
+use crate::console::{self, ConsoleInput, RawTerminal};
+use crate::events::Loop;
+use crate::exit::ExitCode;
+use crate::kvm::{self, Hypervisor};
+use crate::machine::build::{self, Blueprint, BuildError, Console, Surroundings};
+use crate::metrics::{Counted, Groups, Metrics, OPEN_METRICS};
+use crate::vcpu::Stop;
+
+/// The version of Firecracker's API that is spoken; clients ask for it by GET /version.
+const API_VERSION: &str = "1.17.0";
+/// What this program calls itself in GET /. Firecracker's clients look at the state beside it, not at this.
+const APP_NAME: &str = "Lepton";
+const METRICS_PERIOD: Duration = Duration::from_secs(60);
+
+/// What the command line says of the machine.
+pub struct Options {
+    /// Its id.
+    pub id: String,
+    /// `--boot-timer`.
+    pub boot_timer: bool,
+    /// Runs first on each vCPU thread: its confinement.
+    pub confine_vcpu: Arc<dyn Fn() -> io::Result<()> + Send + Sync>,
+}
+
+/// Whether the process goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// It does.
+    Continue,
+    /// It ends with this status.
+    Exit(ExitCode),
+}
+
+/// The one owner of the machine and its configuration.
+pub struct Controller {
+    options: Options,
+    mailbox: Mailbox,
+    /// Dropped before the configuration: a machine uses its devices.
+    phase: Phase,
+    configuration: Configuration,
+    metrics: Metrics,
+    terminal: Option<RawTerminal>,
+}
+
+fn refused(error: impl std::fmt::Display) -> Fault {
+    Fault::bad_request(error.to_string())
+}
+
+impl Controller {
+    /// A controller of a machine about which nothing is known yet.
+    pub fn new(options: Options, mailbox: Mailbox) -> Result<Self, ConfigError> {
+        Ok(Controller {
+            options,
+            mailbox,
+            phase: Phase::Configuring,
+            configuration: Configuration::new()?,
+            metrics: Metrics::default(),
+            terminal: None,
+        })
+    }
+
+    /// Metrics of the process.
+    pub fn metrics_mut(&mut self) -> &mut Metrics {
+        &mut self.metrics
+    }
+
+    /// Takes one message.
+    pub fn handle(&mut self, message: Message, events: &mut Loop) -> Next {
+        match message {
+            Message::Request { action, reply } => {
+                let result = self.execute(action, events);
+                // A client that is gone needs no answer.
+                drop(reply.send(result));
+                Next::Continue
+            }
+            Message::Stopped(stop) => Next::Exit(self.report(&stop)),
+            Message::End(code) => {
+                log::info!("ending on a signal, exit status {}", code as u8);
+                Next::Exit(code)
+            }
+            Message::MetricsDue => {
+                self.flush_metrics();
+                Next::Continue
+            }
+        }
+    }
+
+    /// Writes the last metrics and lets the machine go.
+    pub fn finish(mut self) {
+        self.flush_metrics();
+    }
+
+    fn report(&self, stop: &Stop) -> ExitCode {
+        let code = ExitCode::from(stop);
+        match stop {
+            Stop::Reset => log::info!("the guest reset itself"),
+            Stop::PowerOff => log::info!("the guest powered off"),
+            Stop::TripleFault => log::warn!("the guest had a triple fault"),
+            Stop::Failed(reason) => log::error!("the machine failed: {reason}"),
+        }
+        log::info!("exit status {}", code as u8);
+        code
+    }
+
+    /// Does one action.
+    pub fn execute(&mut self, action: Action, events: &mut Loop) -> Result<Reply, Fault> {
+        let counted = Counted::from(&action);
+        if let Some(field) = action.deprecated_field() {
+            log::warn!("a request uses the deprecated field {field}");
+            self.metrics.api.count_deprecated();
+        }
+        let result = policy::allow(self.phase.stage(), &action)
+            .map_err(refused)
+            .and_then(|()| self.act(action, events));
+        if let Err(fault) = &result {
+            log::warn!("request refused: {}", fault.message);
+        }
+        self.metrics.api.count(counted, result.is_err());
+        result
+    }
+
+    fn act(&mut self, action: Action, events: &mut Loop) -> Result<Reply, Fault> {
+        let done = |()| Reply::NoContent;
+        let configuration = &mut self.configuration;
+        match action {
+            Action::GetInstanceInfo => Reply::json(&self.instance_info()),
+            Action::GetVersion => Reply::json(&Version {
+                firecracker_version: API_VERSION.into(),
+            }),
+            Action::GetMachineConfig => Reply::json(configuration.machine()),
+            Action::GetVmConfig => Reply::json(&configuration.full()),
+            Action::GetMetrics => Ok(Reply::Text {
+                content_type: OPEN_METRICS,
+                body: self
+                    .metrics
+                    .open_metrics(&self.options.id, self.metric_groups()),
+            }),
+            Action::InstanceStart => self.start(events).map(done).map_err(refused),
+            Action::SendCtrlAltDel => self.ctrl_alt_del().map(done),
+            Action::FlushMetrics => self.flush_on_request().map(done),
+            Action::PutBootSource(boot) => configuration
+                .set_boot_source(boot)
+                .map(done)
+                .map_err(refused),
+            Action::PutCpuConfig(cpu) => configuration.set_cpu(cpu).map(done).map_err(refused),
+            Action::PutDrive(drive) => configuration
+                .devices
+                .put_drive(drive)
+                .map(done)
+                .map_err(refused),
+            Action::PatchDrive(patch) => configuration
+                .devices
+                .patch_drive(&patch)
+                .map(done)
+                .map_err(refused),
+            Action::PutLogger(logger) => configure_log(&logger).map(done),
+            Action::PutMachineConfig(machine) => configuration
+                .set_machine(machine)
+                .map(done)
+                .map_err(refused),
+            Action::PatchMachineConfig(patch) => configuration
+                .patch_machine(patch)
+                .map(done)
+                .map_err(refused),
+            Action::PutMetrics(target) => {
+                self.metrics.set_target(target).map_err(refused)?;
+                self.start_metrics_timer(events).map(done).map_err(refused)
+            }
+            Action::PutNetworkInterface(interface) => configuration
+                .devices
+                .put_interface(interface)
+                .map(done)
+                .map_err(refused),
+            Action::PatchNetworkInterface(patch) => configuration
+                .devices
+                .patch_interface(&patch)
+                .map(done)
+                .map_err(refused),
+            Action::PutSerial(serial) => {
+                if let Some(path) = &serial.serial_out_path {
+                    console::output(Some(path))
+                        .map_err(|e| refused(format!("serial_out_path {e}")))?;
+                }
+                configuration.serial = serial.serial_out_path;
+                Ok(Reply::NoContent)
+            }
+            Action::PatchVm(change) => self.change_state(change.state).map(done),
+            Action::PutVsock(vsock) => configuration
+                .devices
+                .put_vsock(vsock)
+                .map(done)
+                .map_err(refused),
+        }
+    }
+
+    fn instance_info(&self) -> InstanceInfo {
+        InstanceInfo {
+            id: self.options.id.clone(),
+            state: match self.phase.stage() {
+                Stage::Configuring => InstanceState::NotStarted,
+                Stage::Running => InstanceState::Running,
+                Stage::Paused => InstanceState::Paused,
+            },
+            vmm_version: env!("CARGO_PKG_VERSION").into(),
+            app_name: APP_NAME.into(),
+        }
+    }
+
+    /// Builds the machine and lets it run.
+    fn start(&mut self, events: &mut Loop) -> Result<(), StartError> {
+        if !kvm::is_hardware_virtualized() {
+            log::warn!(
+                "this host's processor has neither SVM nor VMX for guests: KVM emulates the guest's kernel, and Linux \
+                 takes minutes to boot"
+            );
+        }
+        let serial_path = self.configuration.serial.clone();
+        let (console, room) = console_of(serial_path)?;
+        let shape = self.configuration.shape();
+        let (boot, cpu, devices) = self.configuration.to_boot()?;
+        let hypervisor = Hypervisor::open().map_err(BuildError::from)?;
+        let blueprint = Blueprint {
+            shape,
+            cpu,
+            boot,
+            device_arguments: devices.kernel_arguments(),
+            devices: devices.all(),
+            console,
+        };
+        let mailbox = self.mailbox.clone();
+        let around = Surroundings {
+            stopped: Arc::new(move |stop| mailbox.send(Message::Stopped(stop))),
+            confine_vcpu: self.options.confine_vcpu.clone(),
+            boot_timer: self.options.boot_timer,
+        };
+        let built = build::build(&hypervisor, blueprint, around)?;
+        for device in built.events {
+            events.add_subscriber(Box::new(device));
+        }
+        if let Some(room) = room {
+            self.terminal = RawTerminal::enter();
+            let serial = built.machine.machine().bus().serial.clone();
+            events.add_subscriber(Box::new(ConsoleInput::new(serial, room)));
+        }
+        self.phase = Phase::Running(built.machine.resume());
+        Ok(())
+    }
+
+    fn ctrl_alt_del(&mut self) -> Result<(), Fault> {
+        match self.phase.machine() {
+            Some(machine) if machine.ctrl_alt_del() => Ok(()),
+            Some(_) => Err(refused(format!(
+                "{:?}: the guest does not read its keyboard",
+                ActionType::SendCtrlAltDel
+            ))),
+            None => Err(refused(policy::Denied::BeforeStart)),
+        }
+    }
+
+    fn change_state(&mut self, wanted: VmState) -> Result<(), Fault> {
+        let phase = std::mem::replace(&mut self.phase, Phase::Configuring);
+        let (phase, result) = match (phase, wanted) {
+            (Phase::Running(running), VmState::Paused) => {
+                let (paused, result) = running.pause();
+                (Phase::Paused(paused), result.map_err(refused))
+            }
+            (Phase::Paused(paused), VmState::Resumed) => (Phase::Running(paused.resume()), Ok(())),
+            // What is so already is no error.
+            (phase, _) => (phase, Ok(())),
+        };
+        self.phase = phase;
+        result
+    }
+
+    fn metric_groups(&self) -> Groups {
+        let mut groups = self.configuration.devices.metrics();
+        if let Some(machine) = self.phase.machine() {
+            groups.push(("vcpu".into(), machine.vcpu_metrics().clone()));
+            let bus = machine.bus();
+            let lock = std::sync::PoisonError::into_inner;
+            let serial = bus.serial.lock().unwrap_or_else(lock).metrics();
+            groups.push(("uart".into(), serial));
+            let lock = std::sync::PoisonError::into_inner;
+            let i8042 = bus.i8042.lock().unwrap_or_else(lock).metrics();
+            groups.push(("i8042".into(), i8042));
+        }
+        groups
+    }
+
+    fn flush_metrics(&mut self) {
+        let groups = self.metric_groups();
+        if let Err(error) = self.metrics.flush(&self.options.id, groups) {
+            log::error!("metrics cannot be written: {error}");
+        }
+    }
+
+    fn flush_on_request(&mut self) -> Result<(), Fault> {
+        if !self.metrics.has_target() {
+            return Err(refused("FlushMetrics: no metrics_path: PUT /metrics first"));
+        }
+        let groups = self.metric_groups();
+        self.metrics
+            .flush(&self.options.id, groups)
+            .map_err(|e| refused(format!("FlushMetrics: {e}")))
+    }
+
+    fn start_metrics_timer(&self, events: &mut Loop) -> Result<(), StartError> {
+        let mut timer = TimerFd::new().map_err(io::Error::from)?;
+        timer
+            .reset(METRICS_PERIOD, Some(METRICS_PERIOD))
+            .map_err(io::Error::from)?;
+        events.add_subscriber(Box::new(MetricsTimer {
+            timer,
+            mailbox: self.mailbox.clone(),
+        }));
+        Ok(())
+    }
+}
+
+/// Why a machine did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// It is not configured, or not well.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// It could not be built.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// The host refused something.
+    #[error("host: {0}")]
+    Host(#[from] io::Error),
+}
+
+fn configure_log(logger: &Logger) -> Result<(), Fault> {
+    crate::log::configure(logger).map_err(|e| refused(format!("log_path {e}")))
+}
+
+/// The console, and for one on the standard streams what fires when it has room for input.
+fn console_of(path: Option<PathBuf>) -> io::Result<(Console, Option<EventFd>)> {
+    let out = console::output(path.as_deref())?;
+    if path.is_some() {
+        return Ok((Console { out, room: None }, None));
+    }
+    let room = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+    let port_side = room.try_clone()?;
+    Ok((
+        Console {
+            out,
+            room: Some(port_side),
+        },
+        Some(room),
+    ))
+}
+
+struct MetricsTimer {
+    timer: TimerFd,
+    mailbox: Mailbox,
+}
+
+impl MutEventSubscriber for MetricsTimer {
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        self.mailbox.send(Message::MetricsDue);
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        if let Err(error) = ops.add(Events::with_data_raw(self.timer.as_raw_fd(), 0, edge)) {
+            log::error!("cannot watch the metrics timer: {error}");
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! The owner of the machine: takes one action at a time, asks the policy, acts, answers.
+
+mod dispatch;
+mod mailbox;
+mod phase;
+mod policy;
+
+pub use self::dispatch::{Controller, Next, Options};
+pub use self::mailbox::{Inbox, Mailbox, Message, mailbox};

@@ -1,0 +1,34 @@
+//! The phase a machine is in, each with only its own data.
+
+use super::policy::Stage;
+use crate::machine::{Machine, Paused, Running};
+
+/// Where the machine is in its life.
+pub enum Phase {
+    /// It does not exist yet.
+    Configuring,
+    /// It runs.
+    Running(Running),
+    /// It stands still.
+    Paused(Paused),
+}
+
+impl Phase {
+    /// As the policy sees it.
+    pub fn stage(&self) -> Stage {
+        match self {
+            Phase::Configuring => Stage::Configuring,
+            Phase::Running(_) => Stage::Running,
+            Phase::Paused(_) => Stage::Paused,
+        }
+    }
+
+    /// The machine, once there is one.
+    pub fn machine(&self) -> Option<&Machine> {
+        match self {
+            Phase::Configuring => None,
+            Phase::Running(running) => Some(running.machine()),
+            Phase::Paused(paused) => Some(paused.machine()),
+        }
+    }
+}

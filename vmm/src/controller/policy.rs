@@ -1,0 +1,78 @@
+//! What is allowed when. Pure, so that it can be read and tested as a table.
+
+use lepton_api::Action;
+
+/// The phases of a machine, as far as they decide what is allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Not started.
+    Configuring,
+    /// Started, vCPUs running.
+    Running,
+    /// Started, vCPUs stopped.
+    Paused,
+}
+
+/// Why an action is not allowed now. The first two texts are Firecracker's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Denied {
+    /// Too early.
+    #[error("The requested operation is not supported before starting the microVM.")]
+    BeforeStart,
+    /// Too late.
+    #[error("The requested operation is not supported after starting the microVM.")]
+    AfterStart,
+}
+
+/// Whether `action` is allowed in `stage`.
+pub fn allow(stage: Stage, action: &Action) -> Result<(), Denied> {
+    use Action::*;
+    let started = stage != Stage::Configuring;
+    match action {
+        GetInstanceInfo | GetVersion | GetMachineConfig | GetVmConfig | GetMetrics => Ok(()),
+        InstanceStart
+        | PutBootSource(_)
+        | PutCpuConfig(_)
+        | PutDrive(_)
+        | PutLogger(_)
+        | PutMachineConfig(_)
+        | PatchMachineConfig(_)
+        | PutMetrics(_)
+        | PutNetworkInterface(_)
+        | PutSerial(_)
+        | PutVsock(_) => {
+            if started {
+                Err(Denied::AfterStart)
+            } else {
+                Ok(())
+            }
+        }
+        SendCtrlAltDel | FlushMetrics | PatchDrive(_) | PatchNetworkInterface(_) | PatchVm(_) => {
+            if started {
+                Ok(())
+            } else {
+                Err(Denied::BeforeStart)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lepton_api::types::{VmState, VmStateChange};
+
+    #[test]
+    fn reading_is_always_allowed_and_writing_only_on_its_side_of_the_start() {
+        let stages = [Stage::Configuring, Stage::Running, Stage::Paused];
+        for stage in stages {
+            assert_eq!(allow(stage, &Action::GetVmConfig), Ok(()));
+            let pause = Action::PatchVm(VmStateChange {
+                state: VmState::Paused,
+            });
+            let early = stage == Stage::Configuring;
+            assert_eq!(allow(stage, &Action::InstanceStart).is_ok(), early);
+            assert_eq!(allow(stage, &pause).is_ok(), !early);
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! Every ioctl on KVM and on a virtual machine.
+#![allow(unsafe_code)] // handing memory to KVM
+
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_msi,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use lepton_devices::Memory;
+use lepton_devices::legacy::ioapic::{self, MsiSink};
+use lepton_devices::virtio::transport::mmio::QUEUE_NOTIFY;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::x86_64::layout;
+
+const API_VERSION: i32 = 12;
+
+/// What went wrong with KVM, and in which call.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// /dev/kvm cannot be opened.
+    #[error("/dev/kvm: {0}; load kvm-amd or kvm-intel, and let this user read and write it")]
+    Open(kvm_ioctls::Error),
+    /// KVM speaks another API.
+    #[error("/dev/kvm has API version {0}, not {API_VERSION}")]
+    Version(i32),
+    /// KVM lacks something that no machine can do without.
+    #[error("this host's KVM lacks {0}")]
+    Missing(&'static str),
+    /// A call failed.
+    #[error("{call}: {source}")]
+    Call {
+        /// The ioctl's name.
+        call: &'static str,
+        /// Its error.
+        source: kvm_ioctls::Error,
+    },
+}
+
+fn call<T>(call: &'static str, result: Result<T, kvm_ioctls::Error>) -> Result<T, KvmError> {
+    result.map_err(|source| KvmError::Call { call, source })
+}
+
+/// The host's KVM.
+pub struct Hypervisor {
+    kvm: Kvm,
+}
+
+impl Hypervisor {
+    /// Opens /dev/kvm and checks that it can do what every machine needs.
+    pub fn open() -> Result<Self, KvmError> {
+        let kvm = Kvm::new().map_err(KvmError::Open)?;
+        let version = kvm.get_api_version();
+        if version != API_VERSION {
+            return Err(KvmError::Version(version));
+        }
+        for (cap, name) in [
+            (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+            (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
+            (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+            (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+        ] {
+            if !kvm.check_extension(cap) {
+                return Err(KvmError::Missing(name));
+            }
+        }
+        Ok(Hypervisor { kvm })
+    }
+
+    /// CPUID that KVM can give a guest on this host.
+    pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
+        call(
+            "KVM_GET_SUPPORTED_CPUID",
+            self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES),
+        )
+    }
+
+    /// Whether KVM emulates the local APIC's deadline timer.
+    pub fn has_tsc_deadline(&self) -> bool {
+        self.kvm.check_extension(Cap::TscDeadlineTimer)
+    }
+
+    /// Whether KVM has the extension with this number.
+    pub fn has_capability(&self, number: u32) -> bool {
+        self.kvm
+            .check_extension_raw(std::ffi::c_ulong::from(number))
+            > 0
+    }
+
+    /// Makes a machine with this memory and a local APIC for each vCPU to come.
+    ///
+    /// The order matters: once there is an interrupt controller, each memory slot costs a grace period of the host
+    /// kernel, several milliseconds.
+    pub fn create_vm(&self, memory: &Memory) -> Result<Vm, KvmError> {
+        let fd = call("KVM_CREATE_VM", self.kvm.create_vm())?;
+        for (slot, region) in memory.iter().enumerate() {
+            let slot_bytes = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: 0,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the range is a mapping that `region` owns, slots do not overlap because regions do not, and
+            // `Machine` keeps the memory until every vCPU of this VM has stopped.
+            let set = unsafe { fd.set_user_memory_region(slot_bytes) };
+            call("KVM_SET_USER_MEMORY_REGION", set)?;
+        }
+        call("KVM_SET_TSS_ADDR", fd.set_tss_address(layout::TSS))?;
+        let split = kvm_enable_cap {
+            cap: KVM_CAP_SPLIT_IRQCHIP,
+            // Room for the routes of an I/O APIC, should there ever be any.
+            args: [ioapic::PINS as u64, 0, 0, 0],
+            ..Default::default()
+        };
+        call("KVM_CAP_SPLIT_IRQCHIP", fd.enable_cap(&split))?;
+        Ok(Vm { fd: Arc::new(fd) })
+    }
+}
+
+/// One virtual machine in KVM.
+pub struct Vm {
+    fd: Arc<VmFd>,
+}
+
+impl Vm {
+    /// Makes vCPU `id`; the APIC id is the same number.
+    pub fn create_vcpu(&self, id: u8) -> Result<VcpuFd, KvmError> {
+        call("KVM_CREATE_VCPU", self.fd.create_vcpu(u64::from(id)))
+    }
+
+    /// Lets writes of `queue` to the notify register of the page at `page` fire `kick` without an exit to us.
+    pub fn register_kick(&self, page: u64, queue: u32, kick: &EventFd) -> Result<(), KvmError> {
+        let address = IoEventAddress::Mmio(page + QUEUE_NOTIFY);
+        call(
+            "KVM_IOEVENTFD",
+            self.fd.register_ioevent(kick, &address, queue),
+        )
+    }
+
+    /// A way to send messages to the local APICs.
+    pub fn msi_sink(&self) -> Box<dyn MsiSink> {
+        Box::new(LocalApics(self.fd.clone()))
+    }
+}
+
+struct LocalApics(Arc<VmFd>);
+
+impl MsiSink for LocalApics {
+    fn send(&self, address: u64, data: u32) {
+        let message = kvm_msi {
+            address_lo: address as u32,
+            address_hi: (address >> 32) as u32,
+            data,
+            ..Default::default()
+        };
+        if let Err(error) = self.0.signal_msi(message) {
+            lepton_devices::guest_warn!("interrupt {data:#x} to {address:#x} lost: {error}");
+        }
+    }
+}
+
+/// Whether this processor has hardware virtualization that a VMM can use (AMD SVM or Intel VMX).
+pub fn is_hardware_virtualized() -> bool {
+    use std::arch::x86_64::__cpuid;
+    const VMX: u32 = 1 << 5;
+    const SVM: u32 = 1 << 2;
+    __cpuid(1).ecx & VMX != 0 || __cpuid(0x8000_0001).ecx & SVM != 0
+}

@@ -1,0 +1,313 @@
+//! The cold boot: from a configuration to a paused machine at its first instruction.
+
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex};
+
+use kvm_bindings::CpuId;
+use kvm_ioctls::VcpuFd;
+use lepton_devices::Memory;
+use lepton_devices::legacy::i8042::I8042;
+use lepton_devices::legacy::ioapic::IoApic;
+use lepton_devices::legacy::serial::SerialPort;
+use lepton_devices::virtio::transport::mmio::SharedDevice;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::attach::{AttachError, Attached, Slots};
+use super::boot_timer::BootTimer;
+use super::{Machine, Paused};
+use crate::arch::x86_64::acpi::{self, AcpiError, MmioDevice};
+use crate::arch::x86_64::cpuid::{self, Topology};
+use crate::arch::x86_64::registers::{self, RegisterError};
+use crate::arch::x86_64::{layout, mptable};
+use crate::config::cpu::CpuTemplate;
+use crate::config::{BootSource, Shape};
+use crate::events::{DeviceEvents, DevicesPaused};
+use crate::kvm::{Hypervisor, KvmError, Vm};
+use crate::loader::{self, BootInfo, Entry, LoadError};
+use crate::memory::{self, MemoryError};
+use crate::vcpu::bus::Bus;
+use crate::vcpu::{Gate, Stop, VcpuMetrics, VcpuShared, VcpuThread};
+
+/// Why a machine could not be built.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum BuildError {
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    #[error("vCPU {id}: {source}")]
+    Registers { id: u8, source: RegisterError },
+    #[error("vCPU {id}: KVM_SET_CPUID2: {source}")]
+    Cpuid { id: u8, source: kvm_ioctls::Error },
+    #[error("boot tables: {0}")]
+    Tables(#[from] vm_memory::GuestMemoryError),
+    #[error("vCPU {id}: thread: {source}")]
+    Thread { id: u8, source: io::Error },
+    #[error("host: {0}")]
+    Host(#[from] io::Error),
+}
+
+/// Where the console's bytes go, and what tells that it can take more input.
+pub struct Console {
+    /// Output.
+    pub out: Box<dyn Write + Send>,
+    /// Fires when the guest has read all input.
+    pub room: Option<EventFd>,
+}
+
+/// What surrounds a machine: who is told of its end, how its threads are confined.
+pub struct Surroundings {
+    /// Told once when the machine stops by itself.
+    pub stopped: Arc<dyn Fn(Stop) + Send + Sync>,
+    /// Runs first on each vCPU thread.
+    pub confine_vcpu: Arc<dyn Fn() -> io::Result<()> + Send + Sync>,
+    /// `--boot-timer`.
+    pub boot_timer: bool,
+}
+
+/// A machine at its first instruction, and the subscribers that its devices need in the event loop.
+pub struct Built {
+    /// The machine.
+    pub machine: Paused,
+    /// One per device.
+    pub events: Vec<DeviceEvents>,
+}
+
+/// Everything a cold boot needs.
+pub struct Blueprint<'a> {
+    /// vCPUs and memory.
+    pub shape: Shape,
+    /// Changes to CPUID and MSRs.
+    pub cpu: &'a CpuTemplate,
+    /// Kernel, initrd, command line.
+    pub boot: &'a mut BootSource,
+    /// What the devices add to the command line.
+    pub device_arguments: String,
+    /// Devices by name, in the order of their slots.
+    pub devices: Vec<(String, SharedDevice)>,
+    /// COM1.
+    pub console: Console,
+}
+
+/// Builds a machine. Nothing of it runs or is reachable yet if this fails.
+pub fn build(
+    hypervisor: &Hypervisor,
+    blueprint: Blueprint<'_>,
+    around: Surroundings,
+) -> Result<Built, BuildError> {
+    let Blueprint {
+        shape,
+        cpu,
+        boot,
+        device_arguments,
+        devices,
+        console,
+    } = blueprint;
+    let memory = memory::allocate(shape.memory, shape.huge_pages)?;
+    let vm = hypervisor.create_vm(&memory)?;
+    let ioapic = Arc::new(IoApic::new(vm.msi_sink()));
+    let devices_paused = Arc::new(DevicesPaused::default());
+    let slots = Slots {
+        vm: &vm,
+        memory: &memory,
+        ioapic: &ioapic,
+        paused: &devices_paused,
+    };
+    let attached = attach_all(&slots, &devices)?;
+    let places: Vec<_> = attached.iter().map(|a| a.place).collect();
+    let entry = load(&memory, shape, boot, &device_arguments, &places)?;
+    let vcpus = create_vcpus(hypervisor, &vm, shape, cpu, &entry)?;
+
+    let mut events = Vec::with_capacity(attached.len());
+    let mut transports = Vec::with_capacity(attached.len());
+    for device in attached {
+        events.push(device.events);
+        transports.push(Mutex::new(device.transport));
+    }
+    let wakers = events
+        .iter()
+        .map(DeviceEvents::waker)
+        .collect::<Result<_, _>>()?;
+    let bus = Arc::new(bus(&ioapic, console, transports, around.boot_timer));
+    let gate = Arc::new(Gate::new(vcpus.len()));
+    let metrics = Arc::new(VcpuMetrics::default());
+    let shared = VcpuShared {
+        gate: gate.clone(),
+        bus: bus.clone(),
+        metrics: metrics.clone(),
+        stopped: around.stopped,
+    };
+    let mut machine = Machine {
+        vcpus: Vec::with_capacity(vcpus.len()),
+        gate,
+        bus,
+        devices: devices.into_iter().map(|(_, device)| device).collect(),
+        devices_paused,
+        wakers,
+        metrics,
+        _vm: vm,
+        _memory: memory,
+    };
+    for (id, fd) in (0u8..).zip(vcpus) {
+        let confine = around.confine_vcpu.clone();
+        let thread = VcpuThread::spawn(id, fd, shared.clone(), move || confine())
+            .map_err(|source| BuildError::Thread { id, source })?;
+        machine.vcpus.push(thread);
+    }
+    Ok(Built {
+        machine: Paused(machine),
+        events,
+    })
+}
+
+fn attach_all(
+    slots: &Slots<'_>,
+    devices: &[(String, SharedDevice)],
+) -> Result<Vec<Attached>, AttachError> {
+    devices
+        .iter()
+        .enumerate()
+        .map(|(index, (id, device))| slots.attach(index, id, device.clone()))
+        .collect()
+}
+
+/// Puts the kernel and all that it is told into memory.
+fn load(
+    memory: &Memory,
+    shape: Shape,
+    boot: &mut BootSource,
+    device_arguments: &str,
+    places: &[MmioDevice],
+) -> Result<Entry, BuildError> {
+    let entry = loader::load_kernel(memory, &mut boot.kernel)?;
+    let initrd = match &mut boot.initrd {
+        Some(image) => Some(loader::load_initrd(memory, image)?),
+        None => None,
+    };
+    mptable::write(memory, shape.topology.vcpus)?;
+    let rsdp = acpi::write(memory, shape.topology.vcpus, places)?;
+    let command_line = command_line(&boot.arguments, device_arguments, places);
+    let info = BootInfo {
+        ram: shape.memory.bytes(),
+        command_line: &command_line,
+        initrd,
+        rsdp,
+    };
+    loader::write_boot_info(memory, &entry, &info)?;
+    registers::write_tables(memory, &entry)?;
+    Ok(entry)
+}
+
+/// The user's arguments, then the root device, then the devices for a kernel without ACPI. What the user puts behind
+/// `--` is for init and stays last.
+fn command_line(user: &str, device_arguments: &str, places: &[MmioDevice]) -> String {
+    let (kernel, init) = match user.split_once(" -- ") {
+        Some((kernel, init)) => (kernel, Some(init)),
+        None => (user, None),
+    };
+    let mut line = kernel.trim().to_owned();
+    if !device_arguments.is_empty() {
+        line.push_str(device_arguments);
+    }
+    for place in places {
+        line.push_str(&format!(
+            " virtio_mmio.device=4K@{:#x}:{}",
+            place.address, place.irq
+        ));
+    }
+    if let Some(init) = init {
+        line.push_str(" -- ");
+        line.push_str(init.trim());
+    }
+    line.trim_start().to_owned()
+}
+
+fn create_vcpus(
+    hypervisor: &Hypervisor,
+    vm: &Vm,
+    shape: Shape,
+    cpu: &CpuTemplate,
+    entry: &Entry,
+) -> Result<Vec<VcpuFd>, BuildError> {
+    let supported = hypervisor.supported_cpuid()?;
+    let tsc_deadline = hypervisor.has_tsc_deadline();
+    (0..shape.topology.vcpus)
+        .map(|id| {
+            let fd = vm.create_vcpu(id)?;
+            let leaves = cpuid_of(&supported, shape.topology, id, tsc_deadline, cpu);
+            fd.set_cpuid2(&leaves)
+                .map_err(|source| BuildError::Cpuid { id, source })?;
+            let failed = |source| BuildError::Registers { id, source };
+            registers::set_msrs(&fd, &cpu.msrs(&fd)).map_err(failed)?;
+            if id == 0 {
+                registers::set_boot_registers(&fd, entry).map_err(failed)?;
+            }
+            Ok(fd)
+        })
+        .collect()
+}
+
+fn cpuid_of(
+    supported: &CpuId,
+    topology: Topology,
+    id: u8,
+    tsc_deadline: bool,
+    cpu: &CpuTemplate,
+) -> CpuId {
+    let mut leaves = cpuid::for_vcpu(supported, topology, id, tsc_deadline);
+    cpu.apply(&mut leaves);
+    leaves
+}
+
+fn bus(
+    ioapic: &Arc<IoApic>,
+    console: Console,
+    virtio: Vec<Mutex<lepton_devices::virtio::transport::mmio::MmioTransport>>,
+    boot_timer: bool,
+) -> Bus {
+    let line = |irq: u32| IoApic::line(ioapic, irq as usize).unwrap_or_else(|| Arc::new(NoLine));
+    Bus {
+        serial: Arc::new(Mutex::new(SerialPort::new(
+            line(layout::SERIAL_IRQ),
+            console.out,
+            console.room,
+        ))),
+        i8042: Arc::new(Mutex::new(I8042::new(line(layout::I8042_IRQ)))),
+        ioapic: ioapic.clone(),
+        virtio,
+        boot_timer: boot_timer.then(BootTimer::new),
+    }
+}
+
+/// A pin that is not connected.
+struct NoLine;
+
+impl lepton_devices::virtio::interrupt::IrqLine for NoLine {
+    fn raise(&self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_line_keeps_inits_arguments_last() {
+        let place = MmioDevice {
+            address: layout::VIRTIO_MMIO,
+            irq: 5,
+        };
+        assert_eq!(
+            command_line("quiet -- a b", " root=/dev/vda ro", &[place]),
+            "quiet root=/dev/vda ro virtio_mmio.device=4K@0xc0001000:5 -- a b"
+        );
+        assert_eq!(command_line("", "", &[]), "");
+        assert_eq!(command_line(" quiet ", "", &[]), "quiet");
+    }
+}

@@ -1,0 +1,122 @@
+//! A machine that has been started.
+//!
+//! ```text
+//!  Configuration --build--> Paused --resume--> Running --pause--> Paused
+//!                                                 |
+//!                                                 +-- the guest or the user ends it: the process ends
+//! ```
+//!
+//! Each transition consumes the state it leaves, so that what only a paused machine allows cannot be asked of a
+//! running one.
+
+pub mod attach;
+pub mod boot_timer;
+pub mod build;
+
+use std::sync::Arc;
+
+use lepton_devices::Memory;
+use lepton_devices::virtio::device::DeviceError;
+use lepton_devices::virtio::transport::mmio::{SharedDevice, lock};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::events::DevicesPaused;
+use crate::kvm::Vm;
+use crate::vcpu::bus::Bus;
+use crate::vcpu::{Gate, Order, VcpuMetrics, VcpuThread};
+
+/// What running and paused machines have in common.
+pub struct Machine {
+    /// Dropped after the vCPUs, which use it.
+    vcpus: Vec<VcpuThread>,
+    gate: Arc<Gate>,
+    bus: Arc<Bus>,
+    devices: Vec<SharedDevice>,
+    devices_paused: Arc<DevicesPaused>,
+    /// One per device: makes it catch up after a pause.
+    wakers: Vec<EventFd>,
+    metrics: Arc<VcpuMetrics>,
+    _vm: Vm,
+    _memory: Arc<Memory>,
+}
+
+impl Machine {
+    /// Presses Ctrl-Alt-Del on the guest's keyboard. False: the guest does not read its keys.
+    pub fn ctrl_alt_del(&self) -> bool {
+        self.bus
+            .i8042
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .ctrl_alt_del()
+    }
+
+    /// The machine's devices by address.
+    pub fn bus(&self) -> &Bus {
+        &self.bus
+    }
+
+    /// What the vCPUs counted.
+    pub fn vcpu_metrics(&self) -> &Arc<VcpuMetrics> {
+        &self.metrics
+    }
+}
+
+/// A machine whose vCPUs run.
+pub struct Running(Machine);
+
+/// A machine whose vCPUs stand still and whose devices touch nothing.
+pub struct Paused(Machine);
+
+impl Running {
+    /// The machine.
+    pub fn machine(&self) -> &Machine {
+        &self.0
+    }
+
+    /// Stops the vCPUs, then the devices, and waits for I/O in flight.
+    pub fn pause(self) -> (Paused, Result<(), DeviceError>) {
+        let machine = self.0;
+        machine.gate.order(Order::Wait);
+        for vcpu in &machine.vcpus {
+            vcpu.interrupt();
+        }
+        machine.gate.wait_until_still();
+        machine.devices_paused.set(true);
+        let mut result = Ok(());
+        for device in &machine.devices {
+            result = result.and(lock(device).quiesce());
+        }
+        (Paused(machine), result)
+    }
+}
+
+impl Paused {
+    /// The machine.
+    pub fn machine(&self) -> &Machine {
+        &self.0
+    }
+
+    /// Lets devices and vCPUs go on.
+    pub fn resume(self) -> Running {
+        let machine = self.0;
+        machine.devices_paused.set(false);
+        for waker in &machine.wakers {
+            // A full counter is a pending event all the same.
+            drop(waker.write(1));
+        }
+        machine.gate.order(Order::Run);
+        Running(machine)
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.gate.order(Order::Leave);
+        for vcpu in &self.vcpus {
+            vcpu.interrupt();
+        }
+        for vcpu in self.vcpus.drain(..) {
+            vcpu.join();
+        }
+    }
+}

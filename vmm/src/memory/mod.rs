@@ -1,0 +1,142 @@
+//! Guest memory: mapped, given to KVM, and handed to the devices.
+#![allow(unsafe_code)] // madvise on the mapping
+
+use std::sync::Arc;
+
+use lepton_api::types::HugePages;
+use lepton_devices::Memory;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+
+use crate::arch::x86_64::layout;
+
+const MIB: u64 = 1 << 20;
+/// Largest guest in MiB: 16 TiB, far below what 46 bits of physical address hold.
+pub const MAX_MIB: u64 = 16 << 20;
+
+/// A size a guest can have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemorySize {
+    bytes: u64,
+}
+
+impl MemorySize {
+    /// `mib` MiB, 1 to [`MAX_MIB`]; with 2 MiB pages an even number.
+    pub fn new(mib: u64, huge_pages: HugePages) -> Result<Self, MemoryError> {
+        if mib == 0 || mib > MAX_MIB {
+            return Err(MemoryError::Size { mib });
+        }
+        if huge_pages == HugePages::Hugetlbfs2M && !mib.is_multiple_of(2) {
+            return Err(MemoryError::Odd { mib });
+        }
+        Ok(MemorySize { bytes: mib * MIB })
+    }
+
+    /// In bytes.
+    pub fn bytes(self) -> u64 {
+        self.bytes
+    }
+}
+
+/// Why there is no guest memory.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The size is 0 or absurd.
+    #[error("mem_size_mib {mib} is not between 1 and {MAX_MIB}")]
+    Size {
+        /// As asked for.
+        mib: u64,
+    },
+    /// The size is no whole number of huge pages.
+    #[error("mem_size_mib {mib} is odd, and huge_pages is 2M")]
+    Odd {
+        /// As asked for.
+        mib: u64,
+    },
+    /// The host refused.
+    #[error("cannot map {bytes} bytes of guest memory: {reason}")]
+    Map {
+        /// Bytes of the region that failed.
+        bytes: u64,
+        /// The host's reason.
+        reason: String,
+    },
+}
+
+/// Maps guest memory. Pages cost nothing until the guest touches them.
+pub fn allocate(size: MemorySize, huge_pages: HugePages) -> Result<Arc<Memory>, MemoryError> {
+    let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    if huge_pages == HugePages::Hugetlbfs2M {
+        flags |= libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
+    }
+    let mut regions = Vec::new();
+    for (start, bytes) in layout::ram(size.bytes) {
+        let fail = |reason: String| MemoryError::Map { bytes, reason };
+        let length = usize::try_from(bytes).map_err(|e| fail(e.to_string()))?;
+        let mapping = MmapRegionBuilder::new_with_bitmap(length, ())
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(flags)
+            .with_hugetlbfs(huge_pages == HugePages::Hugetlbfs2M)
+            .build()
+            .map_err(|e| fail(e.to_string()))?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(start))
+            .ok_or_else(|| fail("its end overflows".into()))?;
+        regions.push(region);
+    }
+    let memory = Memory::from_regions(regions).map_err(|e| MemoryError::Map {
+        bytes: size.bytes,
+        reason: e.to_string(),
+    })?;
+    for region in memory.iter() {
+        // Secrets of the guest do not belong in the VMM's core dump.
+        advise(region, libc::MADV_DONTDUMP);
+        if huge_pages == HugePages::Transparent {
+            advise(region, libc::MADV_HUGEPAGE);
+        }
+    }
+    Ok(Arc::new(memory))
+}
+
+/// Advice only: a host kernel that does not know it changes nothing.
+fn advise(region: &GuestRegionMmap, advice: libc::c_int) {
+    let length = region.len() as usize;
+    // SAFETY: the range is the whole of a mapping that `region` owns and keeps, and neither advice used changes its
+    // contents or its protection.
+    unsafe { libc::madvise(region.as_ptr().cast(), length, advice) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn absurd_sizes_are_refused_before_any_arithmetic() {
+        for mib in [0, MAX_MIB + 1, 1 << 44, 1 << 63, u64::MAX] {
+            let refused = MemorySize::new(mib, HugePages::None).unwrap_err();
+            assert!(refused.to_string().contains(&mib.to_string()));
+        }
+        assert!(MemorySize::new(3, HugePages::Hugetlbfs2M).is_err());
+        assert_eq!(
+            MemorySize::new(MAX_MIB, HugePages::None).unwrap().bytes(),
+            MAX_MIB * MIB
+        );
+    }
+
+    #[test]
+    fn memory_goes_on_behind_the_hole() {
+        let size = MemorySize::new(4096, HugePages::None).unwrap();
+        let memory = allocate(size, HugePages::None).unwrap();
+        assert_eq!(memory.num_regions(), 2);
+        for at in [
+            0,
+            layout::HOLE - 8,
+            layout::HOLE_END,
+            layout::HOLE_END + (1 << 30) - 8,
+        ] {
+            memory.write_obj(at, GuestAddress(at)).unwrap();
+            assert_eq!(memory.read_obj::<u64>(GuestAddress(at)).unwrap(), at);
+        }
+        assert!(memory.read_obj::<u8>(GuestAddress(layout::HOLE)).is_err());
+    }
+}

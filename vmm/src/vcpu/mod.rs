@@ -1,0 +1,206 @@
+//! The thread of a vCPU: run, handle the exit, run again.
+
+pub mod bus;
+mod gate;
+mod kick;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::thread::JoinHandle;
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use lepton_devices::counters;
+use lepton_devices::guest_warn;
+
+use self::bus::Bus;
+pub use self::gate::{Gate, Order};
+
+use self::kick::Kick;
+pub use self::kick::signal_number as kick_signal;
+
+counters! {
+    /// What vCPUs did, in all.
+    pub struct VcpuMetrics {
+        /// Port reads.
+        exit_io_in,
+        /// Port writes.
+        exit_io_out,
+        /// Reads of device registers.
+        exit_mmio_read,
+        /// Writes of device registers.
+        exit_mmio_write,
+        /// Exits that could not be handled.
+        failures,
+    }
+}
+
+/// Why a machine stopped by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stop {
+    /// The guest asked for a reset (i8042 or the ACPI reset register).
+    Reset,
+    /// The guest powered off (ACPI sleep control register).
+    PowerOff,
+    /// A vCPU had a triple fault.
+    TripleFault,
+    /// KVM cannot go on, for this reason.
+    Failed(String),
+}
+
+/// A vCPU's thread, seen from outside.
+pub struct VcpuThread {
+    kick: Kick,
+    thread: Option<JoinHandle<VcpuFd>>,
+}
+
+impl VcpuThread {
+    /// Starts the thread of vCPU `id`. It waits at `gate` before the first instruction; `setup` runs on the new
+    /// thread before anything else and is where its seccomp filter goes.
+    pub fn spawn(
+        id: u8,
+        mut fd: VcpuFd,
+        shared: VcpuShared,
+        setup: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<Self> {
+        let kick = Kick::new(&mut fd);
+        let clear = kick.clone();
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu {id}"))
+            .stack_size(256 << 10)
+            .spawn(move || {
+                let stop = match setup() {
+                    Ok(()) => run(&mut fd, &shared, &clear),
+                    Err(error) => Some(Stop::Failed(format!("vCPU {id}: {error}"))),
+                };
+                if let Some(stop) = stop {
+                    (shared.stopped)(stop);
+                }
+                shared.gate.left();
+                fd
+            })?;
+        Ok(VcpuThread {
+            kick,
+            thread: Some(thread),
+        })
+    }
+
+    /// Makes the vCPU leave the guest and look at its gate.
+    pub fn interrupt(&self) {
+        if let Some(thread) = &self.thread {
+            self.kick.interrupt(thread);
+        }
+    }
+
+    /// Waits for the thread's end.
+    pub fn join(mut self) -> Option<VcpuFd> {
+        self.thread.take()?.join().ok()
+    }
+}
+
+/// What every vCPU of a machine shares.
+#[derive(Clone)]
+pub struct VcpuShared {
+    /// Where vCPUs wait while the machine is paused.
+    pub gate: Arc<Gate>,
+    /// Devices by address.
+    pub bus: Arc<Bus>,
+    /// Counters.
+    pub metrics: Arc<VcpuMetrics>,
+    /// Told once when the machine stops by itself.
+    pub stopped: Arc<dyn Fn(Stop) + Send + Sync>,
+}
+
+impl VcpuShared {
+    /// A `stopped` that sends to a channel.
+    pub fn report_to(sender: Sender<Stop>) -> Arc<dyn Fn(Stop) + Send + Sync> {
+        Arc::new(move |stop| drop(sender.send(stop)))
+    }
+}
+
+/// Runs until told to leave (`None`) or the guest ends.
+fn run(fd: &mut VcpuFd, shared: &VcpuShared, kick: &Kick) -> Option<Stop> {
+    loop {
+        if shared.gate.pass() == Order::Leave {
+            return None;
+        }
+        kick.clear();
+        // An order given between the two lines above interrupts again, so it is seen below.
+        while !shared.gate.is_closed() {
+            if let Some(stop) = step(fd, shared) {
+                return Some(stop);
+            }
+        }
+    }
+}
+
+/// One stay in the guest and the handling of its exit.
+fn step(fd: &mut VcpuFd, shared: &VcpuShared) -> Option<Stop> {
+    let metrics = &shared.metrics;
+    match fd.run() {
+        Ok(VcpuExit::IoOut(port, data)) => {
+            metrics.exit_io_out.inc();
+            shared.bus.port_write(port, data)
+        }
+        Ok(VcpuExit::MmioWrite(address, data)) => {
+            metrics.exit_mmio_write.inc();
+            shared.bus.mmio_write(address, data);
+            None
+        }
+        Ok(VcpuExit::MmioRead(address, data)) => {
+            metrics.exit_mmio_read.inc();
+            shared.bus.mmio_read(address, data);
+            None
+        }
+        Ok(VcpuExit::IoIn(port, data)) => {
+            metrics.exit_io_in.inc();
+            shared.bus.port_read(port, data);
+            None
+        }
+        Ok(VcpuExit::Intr | VcpuExit::Hlt) => None,
+        Ok(VcpuExit::Shutdown) => Some(Stop::TripleFault),
+        Ok(VcpuExit::SystemEvent(kind, _)) => Some(system_event(kind)),
+        Ok(VcpuExit::FailEntry(reason, cpu)) => Some(fail(
+            metrics,
+            format!("the processor refused to enter the guest: reason {reason:#x} on CPU {cpu}"),
+        )),
+        Ok(VcpuExit::InternalError) => {
+            let reason = internal_error(fd);
+            Some(fail(metrics, reason))
+        }
+        Ok(exit) => {
+            guest_warn!("vCPU exit ignored: {exit:?}");
+            None
+        }
+        Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => None,
+        Err(error) => Some(fail(metrics, format!("KVM_RUN: {error}"))),
+    }
+}
+
+fn fail(metrics: &VcpuMetrics, reason: String) -> Stop {
+    metrics.failures.inc();
+    Stop::Failed(reason)
+}
+
+fn system_event(kind: u32) -> Stop {
+    match kind {
+        kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => Stop::PowerOff,
+        kvm_bindings::KVM_SYSTEM_EVENT_RESET => Stop::Reset,
+        kvm_bindings::KVM_SYSTEM_EVENT_CRASH => Stop::Failed("the guest crashed".into()),
+        other => Stop::Failed(format!("unknown system event {other}")),
+    }
+}
+
+/// Describes KVM_EXIT_INTERNAL_ERROR: where the guest was, and that emulation may be what failed.
+fn internal_error(fd: &mut VcpuFd) -> String {
+    let at = match fd.get_regs() {
+        Ok(regs) => format!("at {:#x}", regs.rip),
+        Err(error) => format!("at an unknown place ({error})"),
+    };
+    let hint = if crate::kvm::is_hardware_virtualized() {
+        ""
+    } else {
+        "; this host's processor has no usable SVM or VMX, so KVM emulates the guest kernel and lacks instructions"
+    };
+    format!("KVM cannot go on with the guest {at}{hint}")
+}

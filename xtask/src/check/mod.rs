@@ -1,0 +1,207 @@
+//! `cargo xtask test`: everything that has to hold, with a closing line of counts.
+
+mod counts;
+mod dependencies;
+mod lab_tests;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cache::Cache;
+use crate::lab;
+use crate::programs::{self, Profile, cargo};
+use crate::progress::Progress;
+use crate::run::Built;
+use counts::Counts;
+use lab_tests::Program;
+
+/// The crates whose tests need the programs built, the guest, or a long time.
+const SYSTEM_TESTS: &str = "lepton-tests";
+
+/// Runs all checks, or with `fast` only those that need no guest; returns the exit status.
+pub fn run(fast: bool, release: bool) -> Result<u8> {
+    let started = Instant::now();
+    let progress = Progress::every_step();
+    let mut counts = Counts::default();
+    let mut check = |result: Result<Counts>| match result {
+        Ok(counted) => counts += counted,
+        Err(error) => {
+            eprintln!("{error:#}");
+            counts += Counts::one(false);
+        }
+    };
+    check(formatting(&progress));
+    check(lints(&progress));
+    check(crate_dependencies(&progress));
+    check(unit_tests(&progress));
+    if fast {
+        eprintln!("--fast: the tests of the whole system were not run");
+    } else {
+        let profile = if release {
+            Profile::Release
+        } else {
+            Profile::Dev
+        };
+        match Built::get(&progress, profile)
+            .and_then(|built| Ok((environment(&built, &progress)?, built)))
+        {
+            Ok((environment, _built)) => system_tests(&progress, &environment, &mut check),
+            Err(error) => check(Err(error)),
+        }
+    }
+    eprintln!("all checks took {:.0} s", started.elapsed().as_secs_f32());
+    println!("{counts}");
+    Ok(u8::from(counts.failed > 0))
+}
+
+fn formatting(progress: &Progress) -> Result<Counts> {
+    progress.run(
+        "checking the format",
+        cargo().args(["fmt", "--all", "--check"]),
+    )?;
+    Ok(Counts::one(true))
+}
+
+fn lints(progress: &Progress) -> Result<Counts> {
+    progress.run(
+        "checking for lints",
+        cargo().args([
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "--deny",
+            "warnings",
+        ]),
+    )?;
+    Ok(Counts::one(true))
+}
+
+fn crate_dependencies(progress: &Progress) -> Result<Counts> {
+    let metadata = progress.capture(
+        "checking which crate uses which",
+        cargo().args(["metadata", "--no-deps", "--format-version", "1"]),
+    )?;
+    let violations = dependencies::violations(&metadata)?;
+    if !violations.is_empty() {
+        bail!("{}", violations.join("\n"));
+    }
+    Ok(Counts::one(true))
+}
+
+fn unit_tests(progress: &Progress) -> Result<Counts> {
+    let mut command = cargo();
+    command.args([
+        "test",
+        "--workspace",
+        "--no-fail-fast",
+        "--exclude",
+        SYSTEM_TESTS,
+    ]);
+    counted(progress, "running the unit tests", &mut command)
+}
+
+/// Runs a command that prints libtest's results. Its output is shown only if something failed.
+fn counted(progress: &Progress, what: &str, command: &mut Command) -> Result<Counts> {
+    let step = progress.step(what);
+    let (reader, writer) = std::io::pipe()?;
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(writer.try_clone()?)
+        .stderr(writer)
+        .spawn()
+        .with_context(|| format!("cannot start {}", command.get_program().display()))?;
+    // The command holds the pipe's other end until it is replaced.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut output = String::new();
+    for line in BufReader::new(reader).split(b'\n') {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
+        step.note(line.trim_end());
+        output.push_str(&line);
+        output.push('\n');
+    }
+    let success = child.wait()?.success();
+    let counts = Counts::of_output(&output, success);
+    if counts.failed == 0 {
+        step.done(&counts.to_string());
+    } else {
+        step.failed();
+        eprintln!("{output}");
+    }
+    Ok(counts)
+}
+
+/// What the tests find the system under test by.
+fn environment(built: &Built, progress: &Progress) -> Result<Vec<(OsString, OsString)>> {
+    let stock = lab::Kernel::get(&Cache::open()?, progress)?;
+    let mut paths: BTreeMap<&str, PathBuf> = BTreeMap::new();
+    paths.insert("LEPTON_VMM", built.programs.path("lepton-vmm")?.into());
+    paths.insert(
+        "LEPTON_JAILER",
+        built.programs.path("lepton-jailer")?.into(),
+    );
+    paths.insert("LEPTON_CLI", built.programs.path("lepton")?.into());
+    paths.insert("LEPTON_KERNEL", built.kernel.vmlinux.clone());
+    paths.insert("LEPTON_BZIMAGE", built.kernel.bzimage.clone());
+    paths.insert("LEPTON_IMAGE", built.image.clone());
+    // Debian's own kernel, which the VMM has to boot as it is: the lab's is that.
+    paths.insert("LEPTON_STOCK_KERNEL", stock.image);
+    paths.insert("LEPTON_STOCK_MODULES", stock.modules);
+    Ok(paths
+        .into_iter()
+        .map(|(name, path)| (name.into(), path.into()))
+        .collect())
+}
+
+/// Tests on booted machines: `lab_*` in the lab, the others on this machine.
+fn system_tests(
+    progress: &Progress,
+    environment: &[(OsString, OsString)],
+    check: &mut impl FnMut(Result<Counts>),
+) {
+    let messages = progress.capture(
+        "building the tests of the whole system",
+        cargo().args([
+            "test",
+            "--package",
+            SYSTEM_TESTS,
+            "--no-run",
+            "--message-format=json-render-diagnostics",
+        ]),
+    );
+    let programs =
+        match messages.and_then(|bytes| programs::executables(&String::from_utf8_lossy(&bytes))) {
+            Ok(programs) => programs,
+            Err(error) => return check(Err(error)),
+        };
+    let (in_lab, here): (Vec<Program>, Vec<Program>) = programs
+        .into_iter()
+        .partition(|(name, _)| name.starts_with("lab_"));
+    for (name, path) in here {
+        let mut command = Command::new(path);
+        command
+            .envs(environment.iter().map(|(name, value)| (name, value)))
+            .current_dir(programs::workspace().join("tests"));
+        check(counted(progress, &format!("running {name}"), &mut command));
+    }
+    if in_lab.is_empty() {
+        return;
+    }
+    let mut inside = lab::environment(&[]);
+    inside.extend_from_slice(environment);
+    let step = progress.step("running the tests in the lab");
+    let result =
+        Cache::open().and_then(|cache| lab_tests::run(&cache, &Progress::new(), &in_lab, &inside));
+    match &result {
+        Ok(counts) if counts.failed == 0 => step.done(&counts.to_string()),
+        _ => step.failed(),
+    }
+    check(result);
+}

@@ -1,0 +1,259 @@
+//! The processes of one lab: QEMU's software CPU and, for the host's files, virtiofsd.
+//!
+//! Every wire between us and them is an inherited file descriptor, so that a lab leaves nothing in the file system.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result};
+use command_fds::{CommandFdExt, FdMapping};
+use rustix::fs::{MemfdFlags, memfd_create};
+
+/// Where Debian keeps the program that serves the host's files.
+const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
+
+/// Its kernel command line. The lab is torn down as a whole, so it needs no mitigations, and a panic ends it at once.
+const COMMAND_LINE: &str =
+    "console=ttyS0 quiet reboot=k panic=-1 mitigations=off tsc=reliable no_timer_check lpj=5200000";
+
+/// Numbers the descriptors have in QEMU.
+mod fd {
+    pub const INITRD: i32 = 10;
+    pub const HOST_FILES: i32 = 11;
+    pub const CONSOLE: i32 = 12;
+    pub const REPORT: i32 = 13;
+    pub const INPUT: i32 = 14;
+    pub const OUTPUT: i32 = 15;
+    pub const ERROR: i32 = 16;
+}
+
+/// How the command inside is wired to us.
+pub enum Wiring {
+    /// virtio-serial ports for stdin, stdout and stderr.
+    Ports,
+    /// One virtio console: a terminal.
+    Terminal,
+    /// Serial ports: nothing of theirs depends on when the host gets to run. No stdin.
+    Counted,
+}
+
+/// What to start.
+pub struct Machine<'a> {
+    pub kernel: &'a Path,
+    pub initramfs: File,
+    pub memory_mib: u32,
+    pub cpus: u32,
+    pub wiring: Wiring,
+}
+
+/// A running lab. Dropping it ends its processes.
+pub struct Running {
+    qemu: Process,
+    virtiofsd: Option<Process>,
+    /// The kernel's console.
+    pub console: UnixStream,
+    /// Lines from and to the lab's init.
+    pub report: UnixStream,
+    /// The command's stdin, or with [`Wiring::Terminal`] both directions of the terminal.
+    pub input: Option<UnixStream>,
+    /// The command's stdout and stderr.
+    pub outputs: Option<(UnixStream, UnixStream)>,
+}
+
+impl Running {
+    /// Ends the machine and returns what its processes complained about.
+    pub fn end(&mut self) -> String {
+        let mut complaints = self.qemu.end();
+        if let Some(virtiofsd) = &mut self.virtiofsd {
+            complaints.push_str(&virtiofsd.end());
+        }
+        complaints
+    }
+}
+
+/// An anonymous file in memory.
+pub fn memory_file(name: &str) -> io::Result<File> {
+    Ok(File::from(memfd_create(name, MemfdFlags::CLOEXEC)?))
+}
+
+struct Process {
+    child: Child,
+    stderr: File,
+}
+
+impl Process {
+    fn start(program: &str, args: Arguments) -> Result<Self> {
+        let stderr = memory_file("stderr")?;
+        let mut command = Command::new("setpriv");
+        command
+            // Whatever ends us, even SIGKILL, ends it.
+            .args(["--pdeathsig", "KILL", "--", program])
+            .args(args.words)
+            .stdin(Stdio::null())
+            .stdout(stderr.try_clone()?)
+            .stderr(stderr.try_clone()?)
+            .fd_mappings(
+                args.fds
+                    .into_iter()
+                    .map(|(child_fd, parent_fd)| FdMapping {
+                        parent_fd,
+                        child_fd,
+                    })
+                    .collect(),
+            )?;
+        // Ctrl-C at the terminal is for us to handle.
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        let child = command
+            .spawn()
+            .context("cannot start setpriv (Debian package util-linux)")?;
+        Ok(Self { child, stderr })
+    }
+
+    fn end(&mut self) -> String {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let mut text = Vec::new();
+        if self
+            .stderr
+            .rewind()
+            .and_then(|()| self.stderr.read_to_end(&mut text))
+            .is_err()
+        {
+            return String::new();
+        }
+        String::from_utf8_lossy(&text).into_owned()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// QEMU's command line and the descriptors it names.
+#[derive(Default)]
+struct Arguments {
+    words: Vec<OsString>,
+    fds: Vec<(i32, OwnedFd)>,
+}
+
+impl Arguments {
+    fn words(&mut self, words: &str) {
+        self.words.extend(words.split(' ').map(OsString::from));
+    }
+
+    fn option(&mut self, name: &str, value: impl AsRef<OsStr>) {
+        self.words
+            .extend([OsStr::new(name), value.as_ref()].map(OsString::from));
+    }
+
+    /// A character device `id` whose other end is ours.
+    fn wire(&mut self, id: &str, number: i32) -> io::Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        self.fds.push((number, OwnedFd::from(theirs)));
+        self.option("-chardev", format!("socket,id={id},fd={number}"));
+        Ok(ours)
+    }
+}
+
+impl Machine<'_> {
+    /// Starts QEMU, and virtiofsd unless the machine is counted.
+    pub fn start(self) -> Result<Running> {
+        let mut args = Arguments::default();
+        let counted = matches!(self.wiring, Wiring::Counted);
+        args.words("-nodefaults -no-user-config -display none -no-reboot -cpu max,+svm,+npt");
+        args.option("-m", self.memory_mib.to_string());
+        args.option("-kernel", self.kernel);
+        args.option("-initrd", format!("/proc/self/fd/{}", fd::INITRD));
+        args.fds.push((fd::INITRD, OwnedFd::from(self.initramfs)));
+        args.option(
+            "-append",
+            format!("{COMMAND_LINE}{}", if counted { " nokaslr" } else { "" }),
+        );
+
+        let console = args.wire("console", fd::CONSOLE)?;
+        args.words("-serial chardev:console");
+        let report = args.wire("report", fd::REPORT)?;
+        let input = match self.wiring {
+            Wiring::Counted => None,
+            Wiring::Ports | Wiring::Terminal => Some(args.wire("in", fd::INPUT)?),
+        };
+        let outputs = match self.wiring {
+            Wiring::Terminal => None,
+            Wiring::Ports | Wiring::Counted => {
+                Some((args.wire("out", fd::OUTPUT)?, args.wire("err", fd::ERROR)?))
+            }
+        };
+        let virtiofsd = if counted {
+            counted_devices(&mut args);
+            None
+        } else {
+            args.words("-accel tcg,thread=multi");
+            args.option("-smp", self.cpus.to_string());
+            args.option(
+                "-object",
+                format!(
+                    "memory-backend-memfd,id=memory,size={}M,share=on",
+                    self.memory_mib
+                ),
+            );
+            args.words("-machine pc,memory-backend=memory");
+            virtio_ports(&mut args, &self.wiring);
+            Some(host_files(&mut args)?)
+        };
+        Ok(Running {
+            qemu: Process::start("qemu-system-x86_64", args)?,
+            virtiofsd,
+            console,
+            report,
+            input,
+            outputs,
+        })
+    }
+}
+
+fn counted_devices(args: &mut Arguments) {
+    args.words("-machine pc -accel tcg,thread=single -icount shift=0,sleep=off -smp 1");
+    // The clock and the random numbers are the same in every run.
+    args.words("-rtc base=2024-01-01,clock=vm -seed 1");
+    args.words("-serial chardev:out -serial chardev:err -serial chardev:report");
+}
+
+fn virtio_ports(args: &mut Arguments, wiring: &Wiring) {
+    args.words("-device virtio-serial-pci,max_ports=8");
+    if matches!(wiring, Wiring::Terminal) {
+        args.words("-device virtconsole,chardev=in,nr=0");
+    } else {
+        args.words("-device virtserialport,chardev=in,nr=1");
+        args.words("-device virtserialport,chardev=out,nr=2");
+        args.words("-device virtserialport,chardev=err,nr=3");
+    }
+    args.words("-device virtserialport,chardev=report,nr=4");
+}
+
+/// Starts virtiofsd on the host's root and connects QEMU to it.
+fn host_files(args: &mut Arguments) -> Result<Process> {
+    // virtiofsd wants to accept a connection. It is made here, so the socket's name lives for a moment only.
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("virtiofsd");
+    let listener = UnixListener::bind(&path)?;
+    let connection = UnixStream::connect(&path)?;
+    drop(folder);
+
+    args.fds.push((fd::HOST_FILES, OwnedFd::from(connection)));
+    args.option("-chardev", format!("socket,id=host,fd={}", fd::HOST_FILES));
+    args.words("-device vhost-user-fs-pci,chardev=host,tag=host,queue-size=1024");
+
+    let mut server = Arguments::default();
+    // Its other sandbox, a mount namespace, cannot export the root itself.
+    server.words("-f -o source=/ -o sandbox=chroot -o cache=auto --fd=10");
+    server.fds.push((10, OwnedFd::from(listener)));
+    Process::start(VIRTIOFSD, server)
+}
