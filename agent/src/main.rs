@@ -16,7 +16,9 @@ mod network;
 mod shutdown;
 mod signals;
 
+use std::ffi::OsStr;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -35,8 +37,19 @@ fn main() -> ExitCode {
     }
 }
 
-/// What the program does when a person starts it.
+/// What the program does when a person starts it. Linked to the names by which people shut a
+/// machine down, it asks PID 1 to do so.
 fn be_program(start_us: u64) -> ExitCode {
+    let name = std::env::args_os().next().map(PathBuf::from);
+    if let Some("reboot" | "halt" | "poweroff") = name
+        .as_deref()
+        .and_then(Path::file_name)
+        .and_then(OsStr::to_str)
+    {
+        let asked = nix::sys::signal::kill(nix::unistd::Pid::from_raw(1), Signal::SIGTERM);
+        report("cannot ask PID 1 to shut down", asked);
+        return asked.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+    }
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match words[..] {

@@ -103,9 +103,19 @@ impl Controller {
         }
     }
 
-    /// Writes the last metrics and lets the machine go.
+    /// Writes the last metrics, gives the terminal back and removes the machine's sockets. To be followed by the end
+    /// of the process, which takes the machine with it: stopping its threads one by one would only delay that.
     pub fn finish(mut self) {
         self.flush_metrics();
+        let Controller {
+            phase,
+            configuration,
+            terminal,
+            ..
+        } = self;
+        std::mem::forget(phase);
+        drop(terminal);
+        drop(configuration);
     }
 
     fn report(&self, stop: &Stop) -> ExitCode {

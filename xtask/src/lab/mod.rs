@@ -22,10 +22,11 @@ use crate::cache::Cache;
 use crate::packages;
 use crate::progress::Progress;
 use crate::terminal;
-use initramfs::{Initramfs, shell_line, shell_path};
+use initramfs::{shell_line, shell_path};
 use machine::{Machine, Running, Wiring};
 use relay::Event;
 
+pub use initramfs::Initramfs;
 pub use kernel::Kernel;
 pub use relay::{Sink, stderr, stdout};
 

@@ -22,7 +22,7 @@ use vm_memory::VolatileSlice;
 
 use super::backlog::Backlog;
 use super::credit::{CreditError, ReceiveCredit, SendCredit};
-use super::packet::{Header, Op, ShutdownFlags, TYPE_STREAM};
+use super::packet::{ConnectionKey, Header, Op, ShutdownFlags, TYPE_STREAM};
 use super::stream::HostStream;
 use super::{Cid, HOST_CID, VsockMetrics};
 
@@ -32,15 +32,6 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a host may leave a finished connection's last bytes unread, without reading any.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// What names a connection: there is one guest and one host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ConnectionKey {
-    /// The guest's port.
-    pub guest_port: u32,
-    /// The host's port.
-    pub host_port: u32,
-}
 
 /// See the diagram above.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -463,7 +454,10 @@ impl<S: HostStream> Connection<S> {
             // The socket takes nothing, and nothing is held back any more.
             self.receive.forward(self.receive.held());
         }
-        self.due.shutdown |= self.host != before;
+        // A guest that sends no more need not hear that nobody would receive it: both directions closed look like a host
+        // that is gone, while bytes of it may still be on their way.
+        self.due.shutdown |= self.host.send != before.send
+            || (self.host.receive != before.receive && !self.guest.send);
         self.settle(now);
     }
 

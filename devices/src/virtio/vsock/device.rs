@@ -10,9 +10,10 @@ use std::time::Instant;
 use smallvec::SmallVec;
 use vm_memory::VolatileSlice;
 
-use super::connection::ConnectionKey;
 use super::muxer::{Muxer, Rx};
-use super::packet::{HEADER_LEN, PacketError, TxPacket, rx_data, rx_room, write_header};
+use super::packet::{
+    ConnectionKey, HEADER_LEN, PacketError, TxPacket, rx_data, rx_room, write_header,
+};
 use super::{Cid, VsockMetrics};
 use crate::Memory;
 use crate::virtio::device::{DeviceError, DeviceKind, Progress, Resources, VirtioDevice};
@@ -68,6 +69,8 @@ struct Active {
     event: VirtQueue,
     /// Packets were left in the transmit queue, because the guest does not take our answers.
     tx_stopped: bool,
+    /// The driver is asked to kick the receive queue. Only while there is something for it and no buffer.
+    rx_kicks: bool,
     /// Nothing of the host was looked at yet.
     fresh: bool,
     /// The guest is to be told that all its connections are gone.
@@ -194,16 +197,18 @@ impl Active {
     ) -> Result<Progress, QueueError> {
         let mut filled = 0;
         let mut progress = Progress::Done;
+        let mut starved = false;
         while muxer.has_rx() {
             if filled >= RX_BUDGET {
                 progress = Progress::Again;
                 break;
             }
             let Some((chain, room)) = next_buffer(&mut self.rx)? else {
-                // Kicks of this queue matter only now.
+                self.rx_kicks = true;
                 if self.rx.enable_kicks()? {
                     continue;
                 }
+                starved = true;
                 break;
             };
             filled += match muxer.next_rx() {
@@ -221,6 +226,10 @@ impl Active {
                     self.read(muxer, key, credit, now)?
                 }
             };
+        }
+        if self.rx_kicks && !starved {
+            self.rx_kicks = false;
+            self.rx.disable_kicks()?;
         }
         if filled > 0 {
             metrics.rx_packets_count.add(filled as u64);
@@ -367,6 +376,7 @@ impl VirtioDevice for Vsock {
             tx,
             event,
             tx_stopped: false,
+            rx_kicks: true,
             fresh: true,
             transport_reset: false,
             buffers: Vec::with_capacity(READ_BUFFERS),

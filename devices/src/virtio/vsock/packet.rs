@@ -2,7 +2,6 @@
 //!
 //! Everything a header says is a claim. Its `len` is compared to what the chain holds before any byte is touched.
 
-use super::connection::ConnectionKey;
 use crate::Memory;
 use crate::virtio::queue::{Chain, QueueError, Segments, Slices};
 
@@ -83,6 +82,15 @@ impl ShutdownFlags {
             send: self.send || other.send,
         }
     }
+}
+
+/// What names a connection: there is one guest and one host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ConnectionKey {
+    /// The guest's port.
+    pub guest_port: u32,
+    /// The host's port.
+    pub host_port: u32,
 }
 
 /// A header, with host byte order. Guest values are unchecked but for the operation.

@@ -5,7 +5,8 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::connection::{ConnectionKey, Readiness};
+use super::connection::Readiness;
+use super::packet::ConnectionKey;
 
 /// Events taken at once.
 pub const BATCH: usize = 64;

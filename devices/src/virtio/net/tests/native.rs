@@ -190,7 +190,6 @@ fn datagrams_both_ways() {
         let mut native = Native::new(features);
         let socket = UdpSocket::bind("10.77.0.1:4000").unwrap();
         socket.set_read_timeout(Some(LIMIT)).unwrap();
-        socket.set_read_timeout(Some(LIMIT)).unwrap();
         for size in [1, 100, 1472] {
             let payload = frame(size.max(12), size);
             let payload = &payload[..size];

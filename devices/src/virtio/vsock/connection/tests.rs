@@ -1,79 +1,13 @@
-use std::collections::VecDeque;
+mod fake_stream;
 
 use super::*;
+use fake_stream::FakeStream;
 
 const KEY: ConnectionKey = ConnectionKey {
     guest_port: 1000,
     host_port: 52,
 };
 const BUF: u32 = 1000;
-
-/// A host's socket whose other end is the test.
-#[derive(Default)]
-struct FakeStream {
-    input: VecDeque<u8>,
-    ended: bool,
-    broken: bool,
-    output: Vec<u8>,
-    /// Bytes it takes before it would block.
-    room: usize,
-    shutdowns: Vec<Shutdown>,
-}
-
-impl FakeStream {
-    fn check(&self) -> io::Result<()> {
-        if self.broken {
-            Err(io::ErrorKind::BrokenPipe.into())
-        } else if self.room == 0 {
-            Err(io::ErrorKind::WouldBlock.into())
-        } else {
-            Ok(())
-        }
-    }
-}
-
-impl HostStream for FakeStream {
-    fn read_into(&mut self, slices: &[VolatileSlice]) -> io::Result<usize> {
-        if self.input.is_empty() {
-            return match (self.broken, self.ended) {
-                (true, _) => Err(io::ErrorKind::ConnectionReset.into()),
-                (_, true) => Ok(0),
-                _ => Err(io::ErrorKind::WouldBlock.into()),
-            };
-        }
-        let mut total = 0;
-        for slice in slices {
-            let len = slice.len().min(self.input.len());
-            let bytes: Vec<u8> = self.input.drain(..len).collect();
-            slice.copy_from(&bytes);
-            total += len;
-        }
-        Ok(total)
-    }
-
-    fn write_from(&mut self, slices: &[VolatileSlice]) -> io::Result<usize> {
-        let mut bytes = Vec::new();
-        for slice in slices {
-            let mut part = vec![0; slice.len()];
-            slice.copy_to(&mut part);
-            bytes.extend(part);
-        }
-        self.write_bytes(&bytes)
-    }
-
-    fn write_bytes(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.check()?;
-        let len = bytes.len().min(self.room);
-        self.room -= len;
-        self.output.extend(&bytes[..len]);
-        Ok(len)
-    }
-
-    fn shutdown(&mut self, how: Shutdown) -> io::Result<()> {
-        self.shutdowns.push(how);
-        Ok(())
-    }
-}
 
 /// A connection and its guest.
 struct Rig {
@@ -516,4 +450,24 @@ fn a_flush_that_fails_drops_the_rest() {
     let shutdown = rig.connection.control().unwrap();
     // All credit is back.
     assert_eq!((shutdown.flags, shutdown.fwd_cnt), (RCV, 900));
+}
+
+#[test]
+fn scattered_data_is_cut_anywhere() {
+    for room in 0..=9 {
+        let mut rig = Rig::open();
+        rig.stream().room = room;
+        let mut parts = [b"ab".to_vec(), b"c".to_vec(), b"defghi".to_vec()];
+        let slices: Vec<_> = parts
+            .iter_mut()
+            .map(|part| VolatileSlice::from(part.as_mut_slice()))
+            .collect();
+        let header = rig.packet(Some(Op::Rw), 0, 9);
+        rig.connection
+            .on_packet(&header, &slices, rig.now, &rig.metrics);
+        assert_eq!(rig.connection.wants_writable(), room < 9);
+        rig.stream().room = 100;
+        rig.host(false, true, false);
+        assert_eq!(rig.stream().output, b"abcdefghi");
+    }
 }

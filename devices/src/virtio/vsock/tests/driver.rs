@@ -124,7 +124,8 @@ impl Rig {
             more |= self.device.process_queue(TX)? == Progress::Again;
             more |= self.device.process_queue(RX)? == Progress::Again;
             let received = self.collect();
-            if !more && !(self.refill && received) {
+            let refilled = self.refill && received;
+            if !more && !refilled {
                 return Ok(());
             }
         }

@@ -1,6 +1,8 @@
 //! A guest that does what it should not.
 
-use std::io::Write;
+use std::io::{Read, Write};
+
+use proptest::prelude::*;
 
 use super::driver::*;
 use crate::virtio::device::{DeviceError, Progress, VirtioDevice};
@@ -275,4 +277,98 @@ fn a_chain_too_short_for_a_header_is_passed_over() {
     let used: Vec<_> = rig.driver.queues[TX].used();
     assert_eq!(used, heads.map(|head| (head, 0)));
     rig.connect(1000, &listener, 52);
+}
+
+/// Headers near what is valid, so that connections come and go.
+fn any_header() -> impl Strategy<Value = (Header, usize)> {
+    let number = || prop_oneof![4 => 0u32..20_000, 1 => any::<u32>()];
+    (
+        (
+            prop_oneof![9 => Just(GUEST_CID), 1 => any::<u64>()],
+            prop_oneof![9 => Just(2), 1 => any::<u64>()],
+        ),
+        (
+            0u32..3,
+            prop_oneof![4 => Just(52u32), 1 => any::<u32>(), 1 => (1u32 << 30)..(1 << 30) + 4],
+        ),
+        prop_oneof![9 => Just(1u16), 1 => any::<u16>()],
+        prop_oneof![1 => Just(None), 20 => (0usize..7).prop_map(Some)],
+        (0u32..5, number(), prop_oneof![4 => Just(0), 1 => number()]),
+        (0usize..20_000, any::<bool>()),
+    )
+        .prop_map(
+            |(cids, ports, kind, op, (flags, buf_alloc, fwd_cnt), (len, lie))| {
+                use Op::*;
+                let ops = [
+                    Request,
+                    Response,
+                    Rst,
+                    Shutdown,
+                    Rw,
+                    CreditUpdate,
+                    CreditRequest,
+                ];
+                let header = Header {
+                    src_cid: cids.0,
+                    dst_cid: cids.1,
+                    src_port: ports.0,
+                    dst_port: ports.1,
+                    len: (len + usize::from(lie)) as u32,
+                    kind,
+                    op: op.map(|index| ops[index]),
+                    flags,
+                    buf_alloc,
+                    fwd_cnt,
+                };
+                (header, len)
+            },
+        )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 64,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+    #[test]
+    fn no_packet_breaks_the_device(
+        packets in proptest::collection::vec((any_header(), 0u8..8), 1..200),
+    ) {
+        let mut rig = Rig::new();
+        let listener = rig.serve(52);
+        let mut hosts = Vec::new();
+        let data = vec![7; 20_000];
+        for ((header, len), host) in packets {
+            rig.send(&header, &data[..len]);
+            // Hosts come, write, read, stay silent and leave.
+            match (host, hosts.pop()) {
+                (0, _) => {
+                    let mut client = rig.client();
+                    client.write_all(b"CONNECT 1\n").unwrap();
+                    hosts.insert(0, client);
+                }
+                (1, Some(mut stream)) => {
+                    let _ = stream.write(&data);
+                    hosts.insert(0, stream);
+                }
+                (2, Some(mut stream)) => {
+                    let _ = stream.read(&mut [0; 30_000]);
+                    hosts.insert(0, stream);
+                }
+                (3, _) => {}
+                (_, stream) => hosts.extend(stream),
+            }
+            while let Ok((stream, _)) = listener.accept() {
+                stream.set_nonblocking(true).unwrap();
+                hosts.push(stream);
+            }
+            rig.run();
+        }
+        prop_assert!(rig.device.muxer.connections() <= 200);
+        rig.device.reset();
+        rig.activate();
+        while listener.accept().is_ok() {}
+        rig.connect(1000, &listener, 52);
+    }
 }

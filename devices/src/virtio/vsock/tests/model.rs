@@ -104,7 +104,10 @@ impl Both {
                 self.guest_got += data.len();
                 self.held.extend(data);
                 let in_flight = self.guest_got - self.told_fwd_cnt;
-                assert!(in_flight <= self.buf_alloc as usize, "the guest's credit was overrun");
+                assert!(
+                    in_flight <= self.buf_alloc as usize,
+                    "the guest's credit was overrun"
+                );
             }
             Op::Shutdown => {
                 let flags = ShutdownFlags::parse(header.flags);
@@ -205,7 +208,7 @@ fn open(rig: &mut Rig, listener: &UnixListener, number: usize, buf_alloc: u32) -
     let host_port;
     let host;
     let told: Header;
-    if number % 2 == 0 {
+    if number.is_multiple_of(2) {
         (guest_port, host_port) = (1000 + number as u32, SERVER_PORT);
         let request = Header {
             buf_alloc,
@@ -289,10 +292,14 @@ fn finish(rig: &mut Rig, all: &mut [Both], host_first: bool) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(ProptestConfig {
+        cases: 96,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
     #[test]
     fn every_byte_arrives_once_and_in_order(
-        buf_allocs in proptest::array::uniform3(prop_oneof![1u32..10_000, 60_000u32..400_000]),
+        buf_allocs in proptest::array::uniform3(prop_oneof![500u32..10_000, 60_000u32..400_000]),
         steps in proptest::collection::vec((0..CONNECTIONS, step()), 1..120),
         host_first: bool,
     ) {

@@ -290,6 +290,7 @@ fn without_receive_buffers_everything_waits_and_nothing_freezes() {
     let mut streams: Vec<_> = (0..4)
         .map(|i| rig.connect(1000 + i, &listener, 52))
         .collect();
+    assert!(rig.driver.queues[RX].kicks_suppressed());
     rig.refill = false;
     // The buffers that are there, and then more.
     let payload = vec![5; 100_000];
@@ -316,6 +317,9 @@ fn without_receive_buffers_everything_waits_and_nothing_freezes() {
         assert!(!rig.inbox.is_empty());
     }
     assert_eq!(got, [payload.len(); 4]);
+    rig.offer_rx(1);
+    let _ = rig.device.process_queue(RX).unwrap();
+    assert!(rig.driver.queues[RX].kicks_suppressed());
 }
 
 #[test]
