@@ -1,6 +1,7 @@
 //! `lepton-vmm`: wiring only.
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::process;
 use std::sync::Arc;
 use std::thread;
@@ -15,8 +16,9 @@ use lepton_vmm::cli::Cli;
 use lepton_vmm::controller::{Controller, Inbox, Mailbox, Message, Next, Options, mailbox};
 use lepton_vmm::events::Loop;
 use lepton_vmm::exit::ExitCode;
+use lepton_vmm::machine::boot_timer::time_on;
 use lepton_vmm::signal::{self, OrderlyEnds};
-use std::os::fd::AsRawFd;
+use rustix::time::ClockId;
 
 /// An end before the machine could run: what to say, and with which status.
 struct Failure {
@@ -59,6 +61,16 @@ fn main() {
 }
 
 fn run(cli: Cli) -> Result<ExitCode, Failure> {
+    if let Some(path) = &cli.seccomp_filter {
+        // Better no machine than one that is thought to be confined and is not.
+        return Err(Failure {
+            code: ExitCode::BadArguments,
+            message: format!(
+                "--seccomp-filter {}: this version has no seccomp filters",
+                path.display()
+            ),
+        });
+    }
     let host = |what| failure::<io::Error>(ExitCode::Failure, what);
     lepton_vmm::log::init(&cli.id);
     signal::install().map_err(host("signal handlers"))?;
@@ -83,10 +95,24 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
     };
     let mut controller =
         Controller::new(options, mailbox).map_err(failure(ExitCode::Failure, "defaults"))?;
+    controller.metrics_mut().startup_us = startup(&cli);
     configure(&cli, &mut controller, &mut events)?;
     let code = attend(&mut controller, &inbox, &mut events)?;
     controller.finish();
     Ok(code)
+}
+
+/// Microseconds from this process's start, as its parent gave it, until now: wall clock and CPU.
+fn startup(cli: &Cli) -> (u64, u64) {
+    let since = |clock, start: Option<u64>| {
+        let now = u64::try_from(time_on(clock).as_micros()).unwrap_or(u64::MAX);
+        start.map_or(0, |start| now.saturating_sub(start))
+    };
+    let cpu = since(ClockId::ProcessCPUTime, cli.start_time_cpu_us);
+    (
+        since(ClockId::Monotonic, cli.start_time_us),
+        cpu.saturating_add(cli.parent_cpu_time_us.unwrap_or(0)),
+    )
 }
 
 /// Applies the command line's settings and the configuration file, and starts what the latter describes.
@@ -176,7 +202,7 @@ struct Ends {
 
 impl MutEventSubscriber for Ends {
     fn process(&mut self, _: Events, _: &mut EventOps) {
-        while let Some(code) = self.ends.next() {
+        while let Some(code) = self.ends.take() {
             self.mailbox.send(Message::End(code));
         }
     }

@@ -57,7 +57,7 @@ pub struct OrderlyEnds(pub File);
 
 impl OrderlyEnds {
     /// The exit status asked for, if any is.
-    pub fn next(&mut self) -> Option<ExitCode> {
+    pub fn take(&mut self) -> Option<ExitCode> {
         const LENGTH: usize = size_of::<libc::signalfd_siginfo>();
         let mut info = [0u8; LENGTH];
         self.0.read_exact(&mut info).ok()?;

@@ -2,12 +2,14 @@
 
 use std::io::{self, Write};
 use std::sync::Arc;
+use std::time::Instant;
 
 use vm_superio::Serial;
 use vm_superio::serial::{Error, SerialEvents};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::LineTrigger;
+use crate::rate_limiter::{BucketConfig, TokenBucket};
 use crate::virtio::interrupt::IrqLine;
 
 counters! {
@@ -19,8 +21,8 @@ counters! {
         write_count,
         /// Bytes lost because the writer failed.
         error_count,
-        /// Flushes, which vm-superio does after each byte.
-        flush_count,
+        /// Bytes dropped by the rate limiter.
+        rate_limiter_dropped_bytes,
     }
 }
 
@@ -40,6 +42,33 @@ impl SerialEvents for RoomEvent {
     }
 }
 
+/// Output that drops what exceeds a rate. The guest must not be held up by its console, so nothing waits.
+struct LimitedOutput {
+    out: Box<dyn Write + Send>,
+    bucket: TokenBucket,
+    started: Instant,
+    metrics: Arc<SerialMetrics>,
+}
+
+impl Write for LimitedOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let now = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let length = bytes.len() as u64;
+        self.bucket.refill(now);
+        if self.bucket.wait_ns(length) > 0 {
+            self.metrics.rate_limiter_dropped_bytes.add(length);
+            return Ok(bytes.len());
+        }
+        self.bucket.take(length);
+        self.out.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
 /// The port.
 pub struct SerialPort {
     chip: Serial<LineTrigger, RoomEvent, Box<dyn Write + Send>>,
@@ -48,11 +77,26 @@ pub struct SerialPort {
 
 impl SerialPort {
     /// A port that interrupts by `line` and writes to `out`. `room` fires whenever the guest has emptied the receive
-    /// buffer.
-    pub fn new(line: Arc<dyn IrqLine>, out: Box<dyn Write + Send>, room: Option<EventFd>) -> Self {
+    /// buffer. Output beyond `limit` bytes is dropped.
+    pub fn new(
+        line: Arc<dyn IrqLine>,
+        out: Box<dyn Write + Send>,
+        limit: Option<BucketConfig>,
+        room: Option<EventFd>,
+    ) -> Self {
+        let metrics = Arc::<SerialMetrics>::default();
+        let out = match limit.and_then(|limit| TokenBucket::new(limit, 0)) {
+            Some(bucket) => Box::new(LimitedOutput {
+                out,
+                bucket,
+                started: Instant::now(),
+                metrics: metrics.clone(),
+            }),
+            None => out,
+        };
         SerialPort {
             chip: Serial::with_events(LineTrigger(line), RoomEvent(room), out),
-            metrics: Arc::default(),
+            metrics,
         }
     }
 
@@ -131,6 +175,7 @@ mod tests {
         let mut port = SerialPort::new(
             edges.clone(),
             Box::new(sink.clone()),
+            None,
             Some(room.try_clone().unwrap()),
         );
         for byte in b"hi" {
@@ -154,6 +199,23 @@ mod tests {
         vmm_sys_util::eventfd::EFD_NONBLOCK
     }
 
+    #[test]
+    fn output_beyond_the_limit_is_dropped_and_counted() {
+        let sink = Sink::default();
+        let limit = BucketConfig {
+            size: 10,
+            one_time_burst: 5,
+            refill_time_ms: 3_600_000,
+        };
+        let line = Arc::new(Edges::default());
+        let mut port = SerialPort::new(line, Box::new(sink.clone()), Some(limit), None);
+        for byte in 0..40 {
+            port.write(0, byte);
+        }
+        assert_eq!(*sink.0.lock().unwrap(), (0..15).collect::<Vec<_>>());
+        assert_eq!(port.metrics().rate_limiter_dropped_bytes.get(), 25);
+    }
+
     struct Broken;
 
     impl Write for Broken {
@@ -167,7 +229,7 @@ mod tests {
 
     #[test]
     fn a_reader_that_is_gone_is_counted_and_no_more() {
-        let mut port = SerialPort::new(Arc::new(Edges::default()), Box::new(Broken), None);
+        let mut port = SerialPort::new(Arc::new(Edges::default()), Box::new(Broken), None, None);
         port.write(0, b'x');
         assert_eq!(port.metrics().error_count.get(), 1);
     }

@@ -106,7 +106,7 @@ impl Segments {
     }
 
     /// The parts of the segments that hold bytes `range`, in order.
-    pub fn clip(&self, range: Range<u64>) -> Result<SmallVec<[Segment; 8]>, QueueError> {
+    pub fn clip(&self, range: Range<u64>) -> Result<impl Iterator<Item = Segment>, QueueError> {
         if range.start > range.end || range.end > self.len {
             return Err(QueueError::Bounds {
                 start: range.start,
@@ -114,20 +114,17 @@ impl Segments {
                 len: self.len,
             });
         }
-        let mut clipped = SmallVec::new();
         let mut base = 0u64;
-        for segment in &self.list {
-            let end = base + u64::from(segment.len);
-            let from = range.start.max(base);
-            let to = range.end.min(end);
-            if from < to {
-                clipped.push(Segment {
-                    addr: GuestAddress(segment.addr.0 + (from - base)),
-                    len: u32::try_from(to - from).unwrap_or(segment.len),
-                });
-            }
-            base = end;
-        }
+        let clipped = self.list.iter().filter_map(move |segment| {
+            let start = base;
+            base += u64::from(segment.len);
+            let from = range.start.max(start);
+            let to = range.end.min(base);
+            (from < to).then(|| Segment {
+                addr: GuestAddress(segment.addr.0 + (from - start)),
+                len: u32::try_from(to - from).unwrap_or(segment.len),
+            })
+        });
         Ok(clipped)
     }
 
@@ -139,6 +136,11 @@ impl Segments {
     ) -> Result<Slices<'m>, QueueError> {
         let mut slices = Slices::new();
         for segment in self.clip(range)? {
+            // Nearly always a segment lies in one region, which is cheaper to find out than to iterate.
+            if let Ok(slice) = memory.get_slice(segment.addr, segment.len as usize) {
+                slices.push(slice);
+                continue;
+            }
             let found = memory
                 .get_slices(segment.addr, segment.len as usize)
                 .stop_on_error()
@@ -154,7 +156,12 @@ impl Segments {
         let mut rest = buf;
         for segment in self.clip(offset..end)? {
             let (now, later) = rest.split_at_mut(segment.len as usize);
-            memory.read_slice(now, segment.addr).map_err(memory_error)?;
+            match memory.get_slice(segment.addr, now.len()) {
+                Ok(slice) => {
+                    slice.copy_to(now);
+                }
+                Err(_) => memory.read_slice(now, segment.addr).map_err(memory_error)?,
+            }
             rest = later;
         }
         Ok(())
@@ -166,13 +173,23 @@ impl Segments {
         let mut rest = buf;
         for segment in self.clip(offset..end)? {
             let (now, later) = rest.split_at(segment.len as usize);
-            memory
-                .write_slice(now, segment.addr)
-                .map_err(memory_error)?;
+            match memory.get_slice(segment.addr, now.len()) {
+                Ok(slice) => slice.copy_from(now),
+                Err(_) => memory
+                    .write_slice(now, segment.addr)
+                    .map_err(memory_error)?,
+            }
             rest = later;
         }
         Ok(())
     }
+}
+
+/// Whether all of `len` bytes at `addr` lie in guest memory, in one region or in several without a hole between them.
+fn is_in_memory(memory: &Memory, addr: GuestAddress, len: u32) -> bool {
+    // An end past 2^64 has no place anywhere. Nearly always one region holds the range, which is cheap to find out.
+    addr.0.checked_add(u64::from(len)).is_some()
+        && (memory.get_slice(addr, len as usize).is_ok() || memory.check_range(addr, len as usize))
 }
 
 fn memory_error(error: vm_memory::GuestMemoryError) -> QueueError {
@@ -279,7 +296,7 @@ impl VirtQueue {
         let mut ended = false;
         for descriptor in descriptors {
             let (addr, len) = (descriptor.addr(), descriptor.len());
-            if len > 0 && !memory.check_range(addr, len as usize) {
+            if len > 0 && !is_in_memory(memory, addr, len) {
                 return Err(QueueError::OutsideMemory {
                     head,
                     addr: addr.0,

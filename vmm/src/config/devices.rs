@@ -118,7 +118,8 @@ fn check_id(what: &'static str, id: &str) -> Result<(), DeviceConfigError> {
     })
 }
 
-fn bucket(bucket: &wire::TokenBucket) -> BucketConfig {
+/// A token bucket as the devices want it.
+pub fn bucket(bucket: &wire::TokenBucket) -> BucketConfig {
     BucketConfig {
         size: bucket.size,
         one_time_burst: bucket.one_time_burst.unwrap_or(0),

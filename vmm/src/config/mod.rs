@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 
 use lepton_api::config_file::FullVmConfig;
 use lepton_api::types as wire;
+use lepton_devices::rate_limiter::BucketConfig;
 
 use self::cpu::CpuTemplate;
-use self::devices::{DeviceConfigError, Devices};
+use self::devices::{DeviceConfigError, Devices, bucket};
 use crate::arch::x86_64::cpuid::Topology;
 use crate::arch::x86_64::layout;
 use crate::loader::{self, Image};
@@ -57,6 +58,9 @@ pub enum ConfigError {
     /// A device.
     #[error(transparent)]
     Device(#[from] DeviceConfigError),
+    /// The console's output cannot be opened.
+    #[error("serial_out_path {0}")]
+    Serial(#[source] crate::log::SinkError),
     /// Nothing to boot.
     #[error("no boot source: PUT /boot-source first")]
     NoBootSource,
@@ -137,14 +141,23 @@ impl TryFrom<wire::BootSource> for BootSource {
     }
 }
 
+/// Where the console's output goes, and how much of it.
+#[derive(Debug, Clone, Default)]
+pub struct SerialSettings {
+    /// `None`: standard output, and input from the standard input.
+    pub path: Option<PathBuf>,
+    /// Output beyond this is dropped.
+    pub limit: Option<BucketConfig>,
+}
+
 /// Everything said of a machine so far.
 pub struct Configuration {
     machine: wire::MachineConfig,
     shape: Shape,
     boot: Option<BootSource>,
     cpu: CpuTemplate,
-    /// Where the console goes; `None`: standard output and input.
-    pub serial: Option<PathBuf>,
+    /// The console.
+    pub serial: SerialSettings,
     /// Drives, interfaces, vsock.
     pub devices: Devices,
 }
@@ -158,7 +171,7 @@ impl Configuration {
             machine,
             boot: None,
             cpu: CpuTemplate::default(),
-            serial: None,
+            serial: SerialSettings::default(),
             devices: Devices::default(),
         })
     }
@@ -192,6 +205,19 @@ impl Configuration {
     /// PUT /cpu-config. On error what was there before stays.
     pub fn set_cpu(&mut self, cpu: wire::CpuConfig) -> Result<(), ConfigError> {
         self.cpu = cpu.try_into()?;
+        Ok(())
+    }
+
+    /// PUT /serial. On error what was there before stays.
+    pub fn set_serial(&mut self, serial: wire::Serial) -> Result<(), ConfigError> {
+        if let Some(path) = &serial.serial_out_path {
+            // Opened again when the machine starts; here it only has to be possible.
+            crate::log::open_sink(path).map_err(ConfigError::Serial)?;
+        }
+        self.serial = SerialSettings {
+            path: serial.serial_out_path,
+            limit: serial.rate_limiter.as_ref().map(bucket),
+        };
         Ok(())
     }
 

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +14,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::mailbox::{Mailbox, Message};
 use super::phase::Phase;
 use super::policy::{self, Stage};
-use crate::config::{ConfigError, Configuration};
+use crate::config::{ConfigError, Configuration, SerialSettings};
 use crate::console::{self, ConsoleInput, RawTerminal};
 use crate::events::Loop;
 use crate::exit::ExitCode;
@@ -205,12 +204,7 @@ impl Controller {
                 .map(done)
                 .map_err(refused),
             Action::PutSerial(serial) => {
-                if let Some(path) = &serial.serial_out_path {
-                    console::output(Some(path))
-                        .map_err(|e| refused(format!("serial_out_path {e}")))?;
-                }
-                configuration.serial = serial.serial_out_path;
-                Ok(Reply::NoContent)
+                configuration.set_serial(serial).map(done).map_err(refused)
             }
             Action::PatchVm(change) => self.change_state(change.state).map(done),
             Action::PutVsock(vsock) => configuration
@@ -242,8 +236,7 @@ impl Controller {
                  takes minutes to boot"
             );
         }
-        let serial_path = self.configuration.serial.clone();
-        let (console, room) = console_of(serial_path)?;
+        let (console, room) = console_of(&self.configuration.serial)?;
         let shape = self.configuration.shape();
         let (boot, cpu, devices) = self.configuration.to_boot()?;
         let hypervisor = Hypervisor::open().map_err(BuildError::from)?;
@@ -364,20 +357,18 @@ fn configure_log(logger: &Logger) -> Result<(), Fault> {
 }
 
 /// The console, and for one on the standard streams what fires when it has room for input.
-fn console_of(path: Option<PathBuf>) -> io::Result<(Console, Option<EventFd>)> {
-    let out = console::output(path.as_deref())?;
-    if path.is_some() {
-        return Ok((Console { out, room: None }, None));
+fn console_of(settings: &SerialSettings) -> io::Result<(Console, Option<EventFd>)> {
+    let mut console = Console {
+        out: console::output(settings.path.as_deref())?,
+        limit: settings.limit,
+        room: None,
+    };
+    if settings.path.is_some() {
+        return Ok((console, None));
     }
     let room = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-    let port_side = room.try_clone()?;
-    Ok((
-        Console {
-            out,
-            room: Some(port_side),
-        },
-        Some(room),
-    ))
+    console.room = Some(room.try_clone()?);
+    Ok((console, Some(room)))
 }
 
 struct MetricsTimer {

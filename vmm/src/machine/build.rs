@@ -9,6 +9,7 @@ use lepton_devices::Memory;
 use lepton_devices::legacy::i8042::I8042;
 use lepton_devices::legacy::ioapic::IoApic;
 use lepton_devices::legacy::serial::SerialPort;
+use lepton_devices::rate_limiter::BucketConfig;
 use lepton_devices::virtio::transport::mmio::SharedDevice;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -58,6 +59,8 @@ pub enum BuildError {
 pub struct Console {
     /// Output.
     pub out: Box<dyn Write + Send>,
+    /// Output beyond this is dropped.
+    pub limit: Option<BucketConfig>,
     /// Fires when the guest has read all input.
     pub room: Option<EventFd>,
 }
@@ -277,12 +280,13 @@ fn bus(
         serial: Arc::new(Mutex::new(SerialPort::new(
             line(layout::SERIAL_IRQ),
             console.out,
+            console.limit,
             console.room,
         ))),
         i8042: Arc::new(Mutex::new(I8042::new(line(layout::I8042_IRQ)))),
         ioapic: ioapic.clone(),
         virtio,
-        boot_timer: boot_timer.then(BootTimer::new),
+        boot_timer: boot_timer.then(BootTimer::default),
     }
 }
 

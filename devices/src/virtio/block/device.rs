@@ -226,16 +226,19 @@ impl Block {
         let (Some(active), Engine::Async(engine)) = (&mut self.active, &mut self.engine) else {
             return Ok(());
         };
-        engine.submit().map_err(engine_failed)?;
-        give_back(
-            &mut active.queue,
-            &active.memory,
-            engine,
-            &mut self.backend,
-            &self.metrics,
-        )?;
-        // What the kernel cut short was queued again.
-        engine.submit().map_err(engine_failed)
+        loop {
+            engine.submit().map_err(engine_failed)?;
+            give_back(
+                &mut active.queue,
+                &active.memory,
+                engine,
+                &mut self.backend,
+                &self.metrics,
+            )?;
+            if !engine.watch() {
+                return Ok(());
+            }
+        }
     }
 
     fn count_failure<T>(&self, result: Result<T, DeviceError>) -> Result<T, DeviceError> {

@@ -195,12 +195,12 @@ impl AsyncEngine {
         Ok(match *request {
             Request::Read { offset, len } if len > 0 => {
                 let parts = chain.writable.clip(0..len)?;
-                let parts = parts.iter().map(|part| (part.addr, part.len as usize));
+                let parts = parts.map(|part| (part.addr, part.len as usize));
                 Some(self.ring.read(token, offset, memory, parts))
             }
             Request::Write { offset, len } if len > 0 => {
                 let parts = chain.readable.clip(data_out(len))?;
-                let parts = parts.iter().map(|part| (part.addr, part.len as usize));
+                let parts = parts.map(|part| (part.addr, part.len as usize));
                 Some(self.ring.write(token, offset, memory, parts, durable))
             }
             Request::Flush => Some(self.ring.sync(token)),
@@ -218,6 +218,11 @@ impl AsyncEngine {
     /// Starts what is queued, with one system call.
     pub(super) fn submit(&mut self) -> io::Result<()> {
         self.ring.submit()
+    }
+
+    /// Asks for an event when something ends. True: submit and reap once more first.
+    pub(super) fn watch(&mut self) -> bool {
+        self.ring.watch()
     }
 
     /// Waits until something in flight has ended.

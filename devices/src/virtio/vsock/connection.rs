@@ -23,6 +23,7 @@ use vm_memory::VolatileSlice;
 use super::backlog::Backlog;
 use super::credit::{CreditError, ReceiveCredit, SendCredit};
 use super::packet::{ConnectionKey, Header, Op, ShutdownFlags, TYPE_STREAM};
+use super::poller::Readiness;
 use super::stream::HostStream;
 use super::{Cid, HOST_CID, VsockMetrics};
 
@@ -60,17 +61,6 @@ pub enum Next {
     Control,
     /// Up to so many bytes, perhaps none: [`Connection::read`].
     Data(u32),
-}
-
-/// What the host's socket is ready for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Readiness {
-    /// Bytes, an end or an error are there to be read.
-    pub readable: bool,
-    /// Bytes can be written.
-    pub writable: bool,
-    /// The host can no longer be written to.
-    pub hung_up: bool,
 }
 
 /// One connection.

@@ -14,6 +14,8 @@
 //! | [`handshake`] | the `CONNECT` line |
 //! | [`muxer`] | all connections, the listening socket, timeouts |
 //! | [`listener`] | making the listening socket |
+//! | [`poller`] | one epoll descriptor for all of them |
+//! | [`stream`] | the byte stream a connection runs over |
 //! | [`device`] | queues |
 
 mod backlog;
@@ -24,8 +26,8 @@ pub mod handshake;
 pub mod listener;
 pub mod muxer;
 pub mod packet;
-mod poller;
-mod stream;
+pub mod poller;
+pub mod stream;
 
 pub use device::{Vsock, VsockConfig};
 pub use listener::{BindError, SocketGuard, bind_listener};

@@ -19,10 +19,10 @@ use rustix::net::{
 use vm_memory::VolatileSlice;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::connection::{Connection, Next, Readiness};
+use super::connection::{Connection, Next};
 use super::handshake::{Line, Waiting};
 use super::packet::{ConnectionKey, Header, Op, TYPE_STREAM};
-use super::poller::{BATCH, PORT_ANY, Poller, Token};
+use super::poller::{BATCH, PORT_ANY, Poller, Readiness, Token};
 use super::{Cid, HOST_CID, VsockMetrics};
 use crate::virtio::device::Progress;
 

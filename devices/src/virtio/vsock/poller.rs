@@ -5,7 +5,6 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::connection::Readiness;
 use super::packet::ConnectionKey;
 
 /// Events taken at once.
@@ -50,6 +49,17 @@ impl Token {
             }),
         }
     }
+}
+
+/// What the host's socket is ready for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Readiness {
+    /// Bytes, an end or an error are there to be read.
+    pub readable: bool,
+    /// Bytes can be written.
+    pub writable: bool,
+    /// The host can no longer be written to.
+    pub hung_up: bool,
 }
 
 /// An epoll instance. Everything in it is edge triggered and leaves it when its descriptor is closed.

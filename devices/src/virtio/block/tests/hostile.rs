@@ -1,6 +1,76 @@
 //! A driver that breaks the rules, and a host that does not keep its word.
 
+use proptest::prelude::*;
+use vm_memory::Bytes;
+
 use super::*;
+use crate::virtio::testing::{HOLE_END, HOLE_START, MEMORY_SIZE, RawDescriptor};
+
+/// Addresses around all edges that there are, and lengths likewise.
+fn descriptor() -> impl Strategy<Value = RawDescriptor> {
+    let heap = 5 << 20;
+    let high_end = HOLE_END + MEMORY_SIZE - HOLE_START;
+    let edges = vec![
+        heap,
+        heap,
+        heap,
+        HOLE_START,
+        HOLE_END,
+        high_end,
+        0,
+        u64::MAX,
+    ];
+    let addr = (prop::sample::select(edges), 0u64..1100)
+        .prop_map(|(edge, back)| edge.saturating_sub(back));
+    let len = prop::sample::select(vec![0, 1, 15, 16, 17, 512, 513, 1024, u32::MAX]);
+    let flags = prop_oneof![6 => 0u16..4, 1 => 0u16..8, 1 => any::<u16>()];
+    (addr, len, flags, 0u16..10).prop_map(|(addr, len, flags, next)| RawDescriptor {
+        addr,
+        len,
+        flags,
+        next,
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    /// Nothing that a driver writes anywhere gets more out of the device than an error, and a reset heals it.
+    #[test]
+    fn any_rings_at_all(
+        asynchronous: bool,
+        table in prop::collection::vec(descriptor(), 8),
+        heads in prop::collection::vec(0u16..10, 0..12),
+        avail_idx in prop::option::weighted(0.2, any::<u16>()),
+        heap in prop::collection::vec(0u8..14, 1100),
+    ) {
+        let engine = if asynchronous { EngineKind::Async } else { EngineKind::Sync };
+        let mut options = Options::new(engine);
+        options.queue_size = 8;
+        let mut rig = Rig::with(options, &pattern(64));
+        for at in [(5 << 20) - 1100, HOLE_START - 1100, HOLE_END] {
+            rig.driver.memory.write_slice(&heap, vm_memory::GuestAddress(at)).unwrap();
+        }
+        for (index, descriptor) in table.into_iter().enumerate() {
+            rig.driver.queues[0].write_descriptor(index as u16, descriptor);
+        }
+        for head in heads {
+            rig.driver.queues[0].publish(head);
+        }
+        if let Some(index) = avail_idx {
+            rig.driver.queues[0].set_avail_idx(index);
+        }
+        // A device that has failed is not called again.
+        let alive = rig.kick().is_ok();
+        if alive {
+            rig.block.quiesce().unwrap();
+        }
+        rig.reset();
+        prop_assert_eq!(rig.status_of(&Ask::read(0, 8)), status::OK);
+        prop_assert_eq!(rig.image().len() % 512, 0);
+        prop_assert!(rig.image().len() <= 64 * 512);
+    }
+}
 
 #[test]
 fn read_only_drives_are_not_written() {
