@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode, squeue};
@@ -93,10 +94,11 @@ impl FileRing {
     /// A ring for `file` with at most `depth` operations in flight, a power of two up to 4096. The error is the
     /// host's: ENOSYS or EPERM mean that io_uring is not available.
     pub fn new(file: &File, depth: u16) -> io::Result<Self> {
-        let ring = IoUring::builder().dontfork().build(u32::from(depth))?;
+        let mut ring = IoUring::builder().dontfork().build(u32::from(depth))?;
         let event = EventFd::new(EFD_NONBLOCK)?;
         ring.submitter().register_files(&[file.as_raw_fd()])?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
+        ring.completion().disable_eventfd();
         Ok(FileRing {
             ring,
             slots: (0..depth).map(|_| Slot::default()).collect(),
@@ -105,8 +107,8 @@ impl FileRing {
         })
     }
 
-    /// A descriptor that has an event after each completion. It is meant for edge-triggered watching: it may stay
-    /// readable.
+    /// A descriptor that has an event after a completion that [`FileRing::watch`] asked for. It is meant for
+    /// edge-triggered watching: it may stay readable.
     pub fn event_fd(&self) -> RawFd {
         self.event.as_raw_fd()
     }
@@ -163,8 +165,25 @@ impl FileRing {
         self.push_plain(Kind::Allocate { what, len }, token, offset)
     }
 
-    /// Starts all that is queued, in one system call.
+    /// Asks for an event at the next completion, to be called before waiting for one. True: something is there to
+    /// reap or to submit already, for which there will be none.
+    pub fn watch(&mut self) -> bool {
+        if self.in_flight() == 0 {
+            return false;
+        }
+        if !self.ring.submission().is_empty() {
+            return true;
+        }
+        self.ring.completion().enable_eventfd();
+        // The kernel adds a completion, then looks whether an event is wanted: here it must be the other way round.
+        fence(Ordering::SeqCst);
+        !self.ring.completion().is_empty()
+    }
+
+    /// Starts all that is queued, in one system call. There will be no events until [`FileRing::watch`]: most
+    /// operations are over when this returns, and an event for each would be for nothing.
     pub fn submit(&mut self) -> io::Result<()> {
+        self.ring.completion().disable_eventfd();
         while !self.ring.submission().is_empty() {
             retry_interrupted(|| self.ring.submit())?;
         }

@@ -338,11 +338,15 @@ impl VirtQueue {
         for &(head, written) in used {
             self.clear_in_flight(head);
             // Both are far below the end of the address space: the ring was checked to lie in guest memory.
-            let element = ring + 4 + 8 * u64::from(next % size);
-            let value = u64::from(head) | u64::from(written) << 32;
-            self.memory
-                .write_obj(value.to_le(), GuestAddress(element))
-                .map_err(memory_error)?;
+            let element = GuestAddress(ring + 4 + 8 * u64::from(next % size));
+            let value = (u64::from(head) | u64::from(written) << 32).to_le_bytes();
+            match self.memory.get_slice(element, value.len()) {
+                Ok(slice) => slice.copy_from(&value),
+                Err(_) => self
+                    .memory
+                    .write_slice(&value, element)
+                    .map_err(memory_error)?,
+            }
             next = next.wrapping_add(1);
         }
         self.queue.set_next_used(next);

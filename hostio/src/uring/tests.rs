@@ -212,12 +212,23 @@ fn dropping_waits_for_what_is_in_flight() {
 }
 
 #[test]
-fn completions_make_the_event_readable() {
-    let file = image(&[5; 4096]);
+fn events_come_when_they_are_asked_for() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    let reader = File::from(std::os::fd::OwnedFd::from(reader));
     let memory = memory();
-    let mut ring = FileRing::new(file.as_file(), 2).unwrap();
-    assert!(ring.event.read().is_err());
-    ring.read(1, 0, &memory, [(GuestAddress(0), 512)]).unwrap();
-    ring.wait().unwrap();
-    assert_eq!(ring.event.read().unwrap(), 1);
+    let mut ring = FileRing::new(&reader, 2).unwrap();
+    assert!(!ring.watch(), "nothing is in flight");
+    for asked in [true, false, true] {
+        ring.read(1, 0, &memory, [(GuestAddress(0), 3)]).unwrap();
+        ring.submit().unwrap();
+        assert!(ring.reap().is_none());
+        if asked {
+            assert!(!ring.watch(), "nothing has ended");
+        }
+        (&writer).write_all(b"abc").unwrap();
+        ring.wait().unwrap();
+        assert_eq!(ring.event.read().is_ok(), asked);
+        assert!(ring.watch(), "asked too late, and told so");
+        assert!(ring.reap().is_some());
+    }
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use lepton_hostio::tap::{MAX_SLICES, Offloads};
 use smallvec::SmallVec;
 use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_HDR_F_NEEDS_CSUM};
-use vm_memory::VolatileSlice;
+use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
 use super::backend::Backend;
 use super::frame::{self, ETHERNET_LEN, HEADER_LEN, MAX_FRAME_LEN, NUM_BUFFERS_OFFSET};
@@ -241,7 +241,7 @@ impl Receiver {
                     len,
                 });
             }
-            views.extend(chain.writable.slices(memory, 0..len)?);
+            add_views(&chain, memory, views)?;
             self.held.push_back(chain);
             self.room += len;
         }
@@ -258,7 +258,7 @@ impl Receiver {
     fn views<'m>(&self, memory: &'m Memory) -> Result<Views<'m>, QueueError> {
         let mut views = Views::new();
         for chain in &self.held {
-            views.extend(chain.writable.slices(memory, 0..chain.writable.len())?);
+            add_views(chain, memory, &mut views)?;
         }
         Ok(views)
     }
@@ -427,4 +427,26 @@ impl Receiver {
         metrics.rx_bytes_count.add(frame.len - HEADER_LEN);
         Ok(taken)
     }
+}
+
+/// Adds views on all of a chain's buffers.
+fn add_views<'m>(
+    chain: &Chain,
+    memory: &'m Memory,
+    views: &mut Views<'m>,
+) -> Result<(), QueueError> {
+    let buffer = &chain.writable;
+    let start = views.len();
+    for segment in buffer.iter() {
+        match memory.get_slice(segment.addr, segment.len as usize) {
+            Ok(view) => views.push(view),
+            // It crosses a border between two regions of memory.
+            Err(_) => {
+                views.truncate(start);
+                views.extend(buffer.slices(memory, 0..buffer.len())?);
+                break;
+            }
+        }
+    }
+    Ok(())
 }

@@ -216,6 +216,8 @@ fn the_guest_is_not_sent_more_than_it_has_room_for() {
     assert_eq!(rig.connection.next(), Next::Nothing);
     rig.fwd_cnt = 30;
     rig.send(Op::CreditUpdate, 0, b"");
+    // News of the other direction says nothing about this one.
+    rig.host(false, true, false);
     assert_eq!(rig.read(1000).len(), 30);
     assert_eq!(rig.control(), Op::CreditRequest);
     // A smaller buffer than what is in flight is no credit.

@@ -134,6 +134,10 @@ fn refusals_that_are_not_taken_stop_the_guest_not_the_host() {
     rig.refill = true;
     // A kick of the receive queue alone sets all in motion again.
     rig.offer_rx(RX_BUFFERS);
+    // There is room again: the transmit queue goes on without a kick of its own.
+    assert_eq!(rig.device.process_queue(RX).unwrap(), Progress::Again);
+    rig.collect();
+    rig.offer_rx(RX_BUFFERS);
     while rig.device.process_queue(RX).unwrap() == Progress::Again || rig.collect() {
         rig.offer_rx(RX_BUFFERS);
     }
