@@ -24,7 +24,16 @@ use session::{Session, SessionError};
 const OWN_FAILURE: u8 = 125;
 
 fn main() -> ExitCode {
-    let result = match Arguments::parse().subcommand {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Of no use to report: there is nobody to read it.
+            let _ = error.print();
+            // Help and version are successes.
+            return ExitCode::from(if error.use_stderr() { OWN_FAILURE } else { 0 });
+        }
+    };
+    let result = match arguments.subcommand {
         Subcommand::Run(arguments) => run::run(&arguments).map_err(Failure::from),
         Subcommand::Exec(arguments) => exec(&arguments),
     };

@@ -36,6 +36,17 @@ pub enum SessionError {
 }
 
 impl SessionError {
+    /// Whether the guest seems to have ended: nobody is there to be talked to.
+    pub fn guest_is_gone(&self) -> bool {
+        match self {
+            Self::VmmEnded => true,
+            Self::Call(error) | Self::Exec(ExecError::Call(error)) => {
+                matches!(error, CallError::Connection(_))
+            }
+            _ => false,
+        }
+    }
+
     /// Our exit status for it: 127 and 126 as a shell has them.
     pub fn status(&self) -> u8 {
         match self {

@@ -19,7 +19,7 @@ fn lepton_run(vmm: &FakeVmm, options: &[&str], command: &[&str]) -> Command {
     let mut lepton = Command::new(env!("CARGO_BIN_EXE_lepton"));
     lepton
         .arg("run")
-        .args(["--force", "--timeout", "30"])
+        .arg("--force")
         .arg("--vmm")
         .arg(vmm.file("vmm"))
         .arg("--kernel")
@@ -181,6 +181,17 @@ fn a_signal_goes_to_the_command() {
 }
 
 #[test]
+fn a_guest_may_end_before_its_command() {
+    // The command's parent is the stand-in itself.
+    let script = "kill -KILL $PPID; exec cat";
+    let (output, _) = run("boots", &["--quiet"], &["sh", "-c", script]);
+    let errors = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(125));
+    assert!(errors.contains("signal: 9"), "{errors}");
+    assert!(errors.contains("ended before the command did"), "{errors}");
+}
+
+#[test]
 fn failures_say_what_and_leave_nothing() {
     for (behaviour, parts) in [
         ("fails to start", &["153", "the VMM's last words"][..]),
@@ -188,7 +199,10 @@ fn failures_say_what_and_leave_nothing() {
             "refuses",
             &["/machine-config", "mem_size_mib 256 is too odd"],
         ),
-        ("panics", &["console: Kernel panic - not syncing", "ended"]),
+        (
+            "panics",
+            &["console: Kernel panic - not syncing", "the VMM ended"],
+        ),
         ("babbles", &["ready line", "256"]),
         ("future", &["9.0.0", "99"]),
     ] {

@@ -55,6 +55,8 @@ pub enum RunError {
 pub enum BootError {
     #[error("its agent was not up after {0} seconds; allow more with --timeout SECONDS")]
     Timeout(u64),
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
     #[error("the VMM ended ({0}) before the agent was up")]
     VmmEnded(String),
     #[error("interrupted by signal {0}")]
@@ -93,15 +95,14 @@ pub fn run(arguments: &Run) -> Result<u8, RunError> {
     for (path, body) in configuration::requests(arguments, &vsock) {
         vmm.put(path, &body)?;
     }
-    let start = Instant::now();
-    vmm.put("/actions", &configuration::instance_start())?;
-    let deadline = start + Duration::from_secs(arguments.timeout);
-    if let Err(error) = wait_until_ready(&mut vmm, &ready, &signals, deadline, arguments.timeout) {
-        // The console's last words are written once the VMM is gone.
-        vmm.kill();
-        return Err(RunError::Boot(error, console.tail()));
-    }
-    let took = start.elapsed();
+    let took = match boot(&mut vmm, &ready, &signals, arguments.timeout) {
+        Ok(took) => took,
+        Err(error) => {
+            // The console's last words are there once the VMM is gone.
+            vmm.kill();
+            return Err(RunError::Boot(error, console.tail()));
+        }
+    };
     drop(ready);
     if !arguments.quiet {
         eprintln!(
@@ -117,21 +118,32 @@ pub fn run(arguments: &Run) -> Result<u8, RunError> {
         vmm: Some(vmm.ended_fd()),
     };
     let result = session.run(&arguments.command);
-    if !matches!(result, Err(SessionError::VmmEnded)) {
+    let gone = result.as_ref().is_err_and(SessionError::guest_is_gone);
+    if !gone || !vmm.has_ended() {
         shut_down(&client, &mut vmm, &console);
-    } else {
-        eprint!("{}", console.tail().trim_start_matches('\n'));
+        return Ok(result?);
     }
-    Ok(result?)
+    // A guest may well end by itself. If it was not by itself, its last words are of interest.
+    if !vmm.succeeded() {
+        eprintln!("lepton: the VMM ended ({}){}", vmm.status(), console.tail());
+    }
+    Err(SessionError::VmmEnded.into())
 }
 
-fn wait_until_ready(
+/// Starts the machine and waits for its agent. Returns how long that took.
+fn boot(
     vmm: &mut Vmm,
     ready: &UnixListener,
     signals: &HostSignals,
-    deadline: Instant,
     seconds: u64,
-) -> Result<(), BootError> {
+) -> Result<Duration, BootError> {
+    let start = Instant::now();
+    match vmm.put("/actions", &configuration::instance_start()) {
+        // It may have gone down before its answer was out; its end says more then.
+        Err(VmmError::Call { .. }) if vmm.has_ended() => {}
+        result => result?,
+    }
+    let deadline = start + Duration::from_secs(seconds);
     loop {
         match vmm.wait(Some(ready), Some(signals), deadline)? {
             Woken::Ready => break,
@@ -146,6 +158,7 @@ fn wait_until_ready(
             }
         }
     }
+    let took = start.elapsed();
     let (stream, _) = ready.accept()?;
     stream.set_read_timeout(Some(LINE_PATIENCE))?;
     let Ready {
@@ -154,7 +167,7 @@ fn wait_until_ready(
     if protocol != PROTOCOL_VERSION {
         return Err(BootError::Protocol { version, protocol });
     }
-    Ok(())
+    Ok(took)
 }
 
 /// Shuts the guest down, or failing that the VMM. The command's status is known by now, so what

@@ -22,6 +22,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Nothing tells when a socket starts to listen, so it is asked this often.
 const RETRY: Duration = Duration::from_millis(1);
 
+/// How long a process may take from the closing of its sockets to its end.
+const LAST_MOMENT: Duration = Duration::from_secs(1);
+
 /// Why a VMM does not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum VmmError {
@@ -155,6 +158,12 @@ impl Vmm {
         deadline: Instant,
     ) -> io::Result<Woken> {
         self.process.wait(listener, signals, deadline)
+    }
+
+    /// Whether it ends by itself, now or in the moment that a connection it broke suggests.
+    pub fn has_ended(&mut self) -> bool {
+        let deadline = Instant::now() + LAST_MOMENT;
+        matches!(self.wait(None, None, deadline), Ok(Woken::Ended))
     }
 
     /// Kills the VMM, unless it has ended, and waits for its end.
