@@ -1,1 +1,27 @@
+//! The harness of the tests of the whole system, which lie in `tests/tests/`.
+//!
+//! - [`suite`]: a test program's list of tests, and what each needs of the host. A test whose need is not met is
+//!   skipped, says so on a line that begins with `SKIPPED:`, and counts as ignored.
+//! - [`vmm`]: a `lepton-vmm` in a directory of its own, its API, its output, its end.
+//! - [`guest`]: kernels of a few instructions, made without an assembler. `native_*` tests run them on any KVM.
+//! - [`linux`]: our Linux guest with its agent. `lab_*` tests run it, on a KVM with nested paging.
+//!
+//! Nothing sleeps to let something else happen: whoever waits, waits for an event, with a deadline.
 
+pub mod api;
+pub mod capture;
+pub mod guest;
+pub mod host_socket;
+pub mod linux;
+pub mod programs;
+pub mod suite;
+pub mod tap;
+pub mod vmm;
+
+use std::time::Duration;
+
+/// How long anything may take before a test fails. Long, because the machines that run tests are busy ones.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+pub use api::Api;
+pub use vmm::{Ended, Vmm};

@@ -78,12 +78,17 @@ impl Cache {
             return Ok(entry);
         }
         let lock = File::create(self.root.join(format!(".{name}.lock")))?;
-        flock(&lock, FlockOperation::LockExclusive)?;
+        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            eprintln!("waiting for another process that makes {kind}");
+            flock(&lock, FlockOperation::LockExclusive)?;
+        }
         if entry.is_dir() {
             return Ok(entry);
         }
+        let prefix = format!(".{name}-");
+        self.remove_unfinished(&prefix)?;
         let making = tempfile::Builder::new()
-            .prefix(&format!(".{name}-"))
+            .prefix(&prefix)
             .tempdir_in(&self.root)?;
         fill(making.path())?;
         fs::rename(making.path(), &entry)
@@ -91,6 +96,17 @@ impl Cache {
         // Renamed: there is nothing left to remove.
         let _ = making.keep();
         Ok(entry)
+    }
+
+    /// Removes what a killed process left; the lock says that nobody is at work there.
+    fn remove_unfinished(&self, prefix: &str) -> Result<()> {
+        for entry in fs::read_dir(&self.root)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with(prefix) {
+                fs::remove_dir_all(entry.path())?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -135,6 +151,20 @@ mod tests {
             .filter(|name| !name.ends_with(".lock"))
             .collect();
         assert_eq!(left, Vec::<String>::new());
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_removed() {
+        let (folder, cache) = cache();
+        let name = format!(".thing-{}-killed", Inputs::new().key());
+        let left = folder.path().join(name);
+        fs::create_dir(&left).unwrap();
+        let other = folder.path().join(".other-killed");
+        fs::create_dir(&other).unwrap();
+        cache
+            .get_or_make("thing", Inputs::new(), |_| Ok(()))
+            .unwrap();
+        assert!(!left.exists() && other.exists());
     }
 
     #[test]

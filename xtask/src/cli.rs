@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::cache::Cache;
 use crate::check;
 use crate::doctor;
+use crate::guest;
 use crate::lab::{self, Lab, Place, Share, Streams};
 use crate::programs::Profile;
 use crate::progress::Progress;
@@ -41,8 +42,8 @@ enum Command {
     #[command(after_help = "Example: cargo xtask lab -- ls -l /dev/kvm")]
     Lab(LabArguments),
 
-    /// Build the guest's kernel and root image, and say where they are.
-    Guest,
+    /// Build the guest, or a part of it, and say where it is.
+    Guest(guest::GuestArgs),
 
     /// Say what this machine can do, and how to mend what it lacks.
     Doctor,
@@ -70,8 +71,12 @@ struct RunArguments {
     #[arg(long, value_name = "N")]
     vcpus: Option<OsString>,
 
+    /// Show the guest's serial console on standard error
+    #[arg(long)]
+    console: bool,
+
     /// The command to run in the microVM and its arguments; a shell if there is none
-    #[arg(last = true, value_name = "COMMAND")]
+    #[arg(trailing_var_arg = true, value_name = "COMMAND")]
     command: Vec<OsString>,
 }
 
@@ -84,6 +89,10 @@ struct TestArguments {
     /// Test the programs as they are shipped
     #[arg(long)]
     release: bool,
+
+    /// Only these: format, lints, dependencies, units, lab, or a word in the names of system test programs
+    #[arg(value_name = "WORD", conflicts_with = "fast")]
+    only: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -121,7 +130,7 @@ struct LabArguments {
     time: bool,
 
     /// The command and its arguments; a shell if there is none
-    #[arg(last = true, value_name = "COMMAND")]
+    #[arg(trailing_var_arg = true, value_name = "COMMAND")]
     command: Vec<OsString>,
 }
 
@@ -142,9 +151,9 @@ fn parse_share(text: &str) -> Result<Share, String> {
 pub fn run(arguments: Arguments) -> Result<u8> {
     match arguments.command {
         Command::Run(arguments) => run_guest(arguments),
-        Command::Test(arguments) => check::run(arguments.fast, arguments.release),
+        Command::Test(arguments) => check::run(arguments.fast, arguments.release, &arguments.only),
         Command::Lab(arguments) => run_lab(arguments),
-        Command::Guest => run::guest_paths(),
+        Command::Guest(arguments) => guest::run(arguments),
         Command::Doctor => doctor::run(),
     }
 }
@@ -161,11 +170,14 @@ fn run_guest(arguments: RunArguments) -> Result<u8> {
         Profile::Dev
     };
     let options = [("--memory", arguments.memory), ("--vcpus", arguments.vcpus)];
-    let options = options
+    let mut options: Vec<OsString> = options
         .into_iter()
         .filter_map(|(name, value)| value.map(|value| [OsString::from(name), value]))
         .flatten()
         .collect();
+    if arguments.console {
+        options.push("--console".into());
+    }
     run::run(choice, profile, options, arguments.command)
 }
 
@@ -248,6 +260,22 @@ mod tests {
         };
         assert!(lab.time);
         assert_eq!(lab.command, ["ls", "--time", "-l"]);
+    }
+
+    #[test]
+    fn the_dashes_before_the_command_may_be_left_out() {
+        for line in [
+            ["x", "run", "--lab", "ls", "--lab"].as_slice(),
+            &["x", "run", "--lab", "--", "ls", "--lab"],
+        ] {
+            let parsed = Arguments::try_parse_from(line).unwrap();
+            let Command::Run(run) = parsed.command else {
+                panic!("not run")
+            };
+            assert!(run.lab && !run.direct);
+            assert_eq!(run.command, ["ls", "--lab"]);
+        }
+        assert!(Arguments::try_parse_from(["x", "run", "--unknown", "ls"]).is_err());
     }
 
     #[test]

@@ -37,6 +37,8 @@ pub struct Built {
 impl Built {
     /// Builds what is missing.
     pub fn get(progress: &Progress, profile: Profile) -> Result<Self> {
+        // The agent is part of the image, which has to be small whatever the VMM's profile.
+        let agent = Programs::build(progress, Profile::Release, &["lepton-agent"])?;
         let programs = Programs::build(
             progress,
             profile,
@@ -44,28 +46,10 @@ impl Built {
         )?;
         Ok(Self {
             kernel: guest::kernel(progress)?,
-            image: image(progress)?,
+            image: guest::image(progress, agent.path("lepton-agent")?)?,
             programs,
         })
     }
-}
-
-fn image(progress: &Progress) -> Result<PathBuf> {
-    // The agent is part of the image, which has to be small whatever the VMM's profile.
-    let agent = Programs::build(progress, Profile::Release, &["lepton-agent"])?;
-    guest::image(progress, agent.path("lepton-agent")?)
-}
-
-/// Builds the guest and prints where it is.
-pub fn guest_paths() -> Result<u8> {
-    let progress = Progress::new();
-    let kernel = guest::kernel(&progress)?;
-    let image = image(&progress)?;
-    println!("vmlinux {}", kernel.vmlinux.display());
-    println!("bzimage {}", kernel.bzimage.display());
-    println!("config  {}", kernel.config.display());
-    println!("image   {}", image.display());
-    Ok(0)
 }
 
 /// Builds everything, runs `command` in a microVM and returns its exit status.
@@ -86,6 +70,10 @@ pub fn run(
             None => false,
         },
     };
+    if in_lab {
+        // Better known before everything is built.
+        lab::check_rights()?;
+    }
     let progress = Progress::new();
     let built = Built::get(&progress, profile)?;
     let mut words: Vec<OsString> = vec![built.programs.path("lepton")?.into(), "run".into()];
@@ -95,6 +83,10 @@ pub fn run(
         ("--image", &built.image),
     ] {
         words.extend([option.into(), path.into()]);
+    }
+    if choice == Choice::Direct {
+        // Asked for by name: even a KVM that is of little use.
+        words.push("--force".into());
     }
     words.extend(options);
     if !command.is_empty() {

@@ -1,13 +1,12 @@
 //! Test programs that need a KVM host with nested paging: run in the lab, as many as possible in one boot.
 
 use std::ffi::OsString;
-use std::io::{self, Write};
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
+use super::captured::Captured;
 use super::counts::Counts;
 use crate::cache::Cache;
 use crate::lab::{self, Lab, Place, Streams};
@@ -23,23 +22,23 @@ const END: &str = "lab-test: end ";
 /// A test program by name.
 pub type Program = (String, PathBuf);
 
-/// Runs `programs` and returns their counts. A program during which the lab ends counts as failed, and the ones after
+/// Runs `programs` in `folder` and returns their counts. A program during which the lab ends counts as failed, and the ones after
 /// it get another lab.
 pub fn run(
-    cache: &Cache,
-    progress: &Progress,
     programs: &[Program],
+    folder: &Path,
     environment: &[(OsString, OsString)],
 ) -> Result<Counts> {
+    let cache = Cache::open()?;
     let mut counts = Counts::default();
     let mut left = programs;
     while !left.is_empty() {
-        let copy = Copy::default();
+        let output = Captured::shown();
         let lab = Lab {
             command: command(left),
             environment: environment.to_vec(),
             place: Place::Host {
-                directory: std::env::current_dir().context("cannot tell the working directory")?,
+                directory: folder.to_path_buf(),
                 shares: Vec::new(),
                 cpus: 2,
             },
@@ -48,11 +47,11 @@ pub fn run(
         };
         let streams = Streams::Pipes {
             input: false,
-            output: Box::new(copy.clone()),
+            output: Box::new(output.clone()),
             error: lab::stderr()?,
         };
-        let result = lab.run(cache, progress, streams);
-        let log = read_log(&copy.text());
+        let result = lab.run(&cache, &Progress::new(), streams);
+        let log = read_log(&output.text());
         counts += log.counts;
         if let Err(error) = result {
             eprintln!("{error}");
@@ -103,31 +102,6 @@ fn read_log(text: &str) -> Log {
         }
     }
     log
-}
-
-/// Shows what is written, and keeps it.
-#[derive(Clone, Default)]
-struct Copy(Arc<Mutex<Vec<u8>>>);
-
-impl Copy {
-    fn text(&self) -> String {
-        String::from_utf8_lossy(&self.0.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
-    }
-}
-
-impl Write for Copy {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = io::stdout().write(bytes)?;
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .extend(bytes.iter().take(written));
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        io::stdout().flush()
-    }
 }
 
 #[cfg(test)]

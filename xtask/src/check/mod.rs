@@ -1,7 +1,9 @@
 //! `cargo xtask test`: everything that has to hold, with a closing line of counts.
 
+mod captured;
 mod counts;
 mod dependencies;
+mod lab_itself;
 mod lab_tests;
 
 use std::collections::BTreeMap;
@@ -13,7 +15,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::cache::Cache;
+use crate::guest::{self, DebianPaths};
 use crate::lab;
 use crate::programs::{self, Profile, cargo};
 use crate::progress::Progress;
@@ -24,8 +26,14 @@ use lab_tests::Program;
 /// The crates whose tests need the programs built, the guest, or a long time.
 const SYSTEM_TESTS: &str = "lepton-tests";
 
-/// Runs all checks, or with `fast` only those that need no guest; returns the exit status.
-pub fn run(fast: bool, release: bool) -> Result<u8> {
+/// Paths by the names of environment variables.
+type Environment = BTreeMap<&'static str, PathBuf>;
+
+type Check = fn(&Progress) -> Result<Counts>;
+
+/// Runs all checks, or with `fast` only those that need no guest, or only what
+/// `only` names: checks, or programs of system tests that have a word of it in their names; returns the exit status.
+pub fn run(fast: bool, release: bool, only: &[String]) -> Result<u8> {
     let started = Instant::now();
     let progress = Progress::every_step();
     let mut counts = Counts::default();
@@ -36,22 +44,42 @@ pub fn run(fast: bool, release: bool) -> Result<u8> {
             counts += Counts::one(false);
         }
     };
-    check(formatting(&progress));
-    check(lints(&progress));
-    check(crate_dependencies(&progress));
-    check(unit_tests(&progress));
+    let checks: [(&str, Check); 4] = [
+        ("format", formatting),
+        ("lints", lints),
+        ("dependencies", crate_dependencies),
+        ("units", unit_tests),
+    ];
+    let in_lab: [(&str, Check); 1] = [("lab", lab_itself::run)];
+    let chosen = |name: &str| only.is_empty() || only.iter().any(|word| word == name);
+    for (name, run) in checks {
+        if chosen(name) {
+            check(run(&progress));
+        }
+    }
+    for (name, run) in in_lab {
+        if chosen(name) && !fast {
+            check(run(&progress));
+        }
+    }
+    let is_check = |word: &String| checks.iter().chain(&in_lab).any(|(name, _)| name == word);
     if fast {
         eprintln!("--fast: the tests of the whole system were not run");
-    } else {
+    } else if only.is_empty() || !only.iter().all(is_check) {
         let profile = if release {
             Profile::Release
         } else {
             Profile::Dev
         };
-        match Built::get(&progress, profile)
-            .and_then(|built| Ok((environment(&built, &progress)?, built)))
-        {
-            Ok((environment, _built)) => system_tests(&progress, &environment, &mut check),
+        match Built::get(&progress, profile).and_then(|built| environment(&built)) {
+            Ok(mut environment) => {
+                // Without it, the tests that do not need it still tell something.
+                match debian(&progress) {
+                    Ok(more) => environment.extend(more),
+                    Err(error) => check(Err(error)),
+                }
+                system_tests(&progress, &environment, only, &mut check);
+            }
             Err(error) => check(Err(error)),
         }
     }
@@ -139,42 +167,46 @@ fn counted(progress: &Progress, what: &str, command: &mut Command) -> Result<Cou
 }
 
 /// What the tests find the system under test by.
-fn environment(built: &Built, progress: &Progress) -> Result<Vec<(OsString, OsString)>> {
-    let stock = lab::Kernel::get(&Cache::open()?, progress)?;
-    let mut paths: BTreeMap<&str, PathBuf> = BTreeMap::new();
-    paths.insert("LEPTON_VMM", built.programs.path("lepton-vmm")?.into());
-    paths.insert(
-        "LEPTON_JAILER",
-        built.programs.path("lepton-jailer")?.into(),
-    );
-    paths.insert("LEPTON_CLI", built.programs.path("lepton")?.into());
-    paths.insert("LEPTON_KERNEL", built.kernel.vmlinux.clone());
-    paths.insert("LEPTON_BZIMAGE", built.kernel.bzimage.clone());
-    paths.insert("LEPTON_IMAGE", built.image.clone());
-    // Debian's own kernel, which the VMM has to boot as it is: the lab's is that.
-    paths.insert("LEPTON_STOCK_KERNEL", stock.image);
-    paths.insert("LEPTON_STOCK_MODULES", stock.modules);
-    Ok(paths
-        .into_iter()
-        .map(|(name, path)| (name.into(), path.into()))
-        .collect())
+fn environment(built: &Built) -> Result<Environment> {
+    Ok(BTreeMap::from([
+        ("LEPTON_VMM", built.programs.path("lepton-vmm")?.into()),
+        (
+            "LEPTON_JAILER",
+            built.programs.path("lepton-jailer")?.into(),
+        ),
+        ("LEPTON_CLI", built.programs.path("lepton")?.into()),
+        ("LEPTON_KERNEL", built.kernel.vmlinux.clone()),
+        ("LEPTON_BZIMAGE", built.kernel.bzimage.clone()),
+        ("LEPTON_IMAGE", built.image.clone()),
+    ]))
+}
+
+/// Debian as a guest, which the VMM has to boot as it is.
+fn debian(progress: &Progress) -> Result<Environment> {
+    let DebianPaths {
+        bzimage,
+        initrd,
+        root,
+    } = guest::debian(progress)?;
+    Ok(BTreeMap::from([
+        ("LEPTON_DEBIAN_KERNEL", bzimage),
+        ("LEPTON_DEBIAN_INITRD", initrd),
+        ("LEPTON_DEBIAN_ROOT", root),
+    ]))
 }
 
 /// Tests on booted machines: `lab_*` in the lab, the others on this machine.
 fn system_tests(
     progress: &Progress,
-    environment: &[(OsString, OsString)],
+    environment: &Environment,
+    only: &[String],
     check: &mut impl FnMut(Result<Counts>),
 ) {
     let messages = progress.capture(
         "building the tests of the whole system",
-        cargo().args([
-            "test",
-            "--package",
-            SYSTEM_TESTS,
-            "--no-run",
-            "--message-format=json-render-diagnostics",
-        ]),
+        cargo()
+            .args(["test", "--package", SYSTEM_TESTS, "--no-run"])
+            .arg("--message-format=json-render-diagnostics"),
     );
     let programs =
         match messages.and_then(|bytes| programs::executables(&String::from_utf8_lossy(&bytes))) {
@@ -183,22 +215,25 @@ fn system_tests(
         };
     let (in_lab, here): (Vec<Program>, Vec<Program>) = programs
         .into_iter()
+        .filter(|(name, _)| only.is_empty() || only.iter().any(|word| name.contains(word)))
         .partition(|(name, _)| name.starts_with("lab_"));
+    let folder = programs::workspace().join("tests");
     for (name, path) in here {
         let mut command = Command::new(path);
-        command
-            .envs(environment.iter().map(|(name, value)| (name, value)))
-            .current_dir(programs::workspace().join("tests"));
+        command.envs(environment).current_dir(&folder);
         check(counted(progress, &format!("running {name}"), &mut command));
     }
     if in_lab.is_empty() {
         return;
     }
-    let mut inside = lab::environment(&[]);
-    inside.extend_from_slice(environment);
+    let mut variables = lab::environment(&[]);
+    variables.extend(
+        environment
+            .iter()
+            .map(|(name, path)| (OsString::from(name), OsString::from(path))),
+    );
     let step = progress.step("running the tests in the lab");
-    let result =
-        Cache::open().and_then(|cache| lab_tests::run(&cache, &Progress::new(), &in_lab, &inside));
+    let result = lab_tests::run(&in_lab, &folder, &variables);
     match &result {
         Ok(counts) if counts.failed == 0 => step.done(&counts.to_string()),
         _ => step.failed(),

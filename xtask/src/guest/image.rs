@@ -40,13 +40,7 @@ const FOLDERS: [(&str, u32); 14] = [
     ("var/tmp", 0o1777),
 ];
 /// Applets that the agent stands for.
-const NOT_OURS: [&str; 5] = [
-    "linuxrc",
-    "sbin/init",
-    "sbin/halt",
-    "sbin/poweroff",
-    "sbin/reboot",
-];
+const NOT_OURS: [&str; 2] = ["linuxrc", "sbin/init"];
 
 /// Builds the guest's root image with `agent`, a static program, as its first process, or finds it in the cache.
 /// No root is needed, and the same inputs give the same bytes.

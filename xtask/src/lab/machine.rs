@@ -259,7 +259,7 @@ fn host_files(args: &mut Arguments) -> Result<Process> {
 
     let mut server = Arguments::default();
     // Its other sandbox, a mount namespace, cannot export the root itself.
-    server.words("-f -o source=/ -o sandbox=chroot -o cache=auto --fd=10");
+    server.words("-f -o source=/ -o sandbox=chroot -o cache=auto -o log_level=warn --fd=10");
     server.fds.push((10, OwnedFd::from(listener)));
     Process::start(VIRTIOFSD, server)
 }

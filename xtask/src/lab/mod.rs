@@ -55,6 +55,10 @@ pub const PACKAGES: [&str; 5] = [
     "xz-utils",
 ];
 
+const NEEDS_ROOT: &str = "the lab shows this machine's files to the command in it, and needs root for that. Type\n  \
+                          sudo --preserve-env env PATH=\"$PATH\" cargo xtask ...\n\
+                          (with --icount, which shows no files, it does not need root)";
+
 /// Statically linked by its package, so it runs in an initramfs without libraries.
 const BUSYBOX: &str = "/bin/busybox";
 
@@ -216,6 +220,18 @@ impl LabError {
     }
 }
 
+/// Checks that we may start a lab on the host's files.
+///
+/// # Errors
+/// If not; the text says what to type.
+pub fn check_rights() -> anyhow::Result<()> {
+    // virtiofsd opens files as overlayfs asks it to, which only their owner and root may.
+    if rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    Err(anyhow!("{NEEDS_ROOT}"))
+}
+
 impl Lab {
     /// Runs the command.
     ///
@@ -228,6 +244,9 @@ impl Lab {
         progress: &Progress,
         streams: Streams,
     ) -> Result<Outcome, LabError> {
+        if matches!(self.place, Place::Host { .. }) {
+            check_rights()?;
+        }
         packages::ensure(progress, "the lab", &PACKAGES)?;
         let kernel = Kernel::get(cache, progress)?;
         let wiring = match (&self.place, &streams) {

@@ -60,6 +60,21 @@ fn in_namespace(name: &str) -> bool {
     false
 }
 
+/// Waits until the host sends through the tap: some time after it was opened the kernel gives it a queue, and what
+/// is sent before is lost.
+fn wait_for_link() {
+    let start = std::time::Instant::now();
+    loop {
+        let mut command = Command::new("ip");
+        let output = command.args(["-o", "link", "show", "lepton0"]).output();
+        let text = String::from_utf8(output.unwrap().stdout).unwrap();
+        if text.contains("LOWER_UP") && text.contains("state UP") && !text.contains("qdisc noop") {
+            return;
+        }
+        assert!(start.elapsed() < LIMIT, "the tap does not come up: {text}");
+    }
+}
+
 /// A device on the tap, its driver, and events as an event loop would see them.
 struct Native {
     net: Net<Tap>,
@@ -93,6 +108,7 @@ impl Native {
             offered: VecDeque::new(),
             inbox: VecDeque::new(),
         };
+        wait_for_link();
         let resources = native.driver.resources(features);
         native.net.activate(resources).unwrap();
         for _ in 0..100 {
@@ -228,6 +244,7 @@ fn a_tap_that_is_down_drops_frames_and_comes_back() {
     assert_eq!(native.net.metrics().tap_write_fails.get(), 1);
     native.kick(RX);
     link("up");
+    wait_for_link();
     let mut command = Command::new("ip");
     command.args([
         "neighbour",

@@ -1,0 +1,246 @@
+//! Guests of a few instructions: what they do, and the images that carry them.
+//!
+//! The code is short on purpose: where KVM is emulated, each instruction of a guest's kernel takes a microsecond. Unless
+//! a program says otherwise, its bytes mean the same in 32-bit and in 64-bit mode, so that it can be entered both ways.
+
+pub mod bzimage;
+pub mod elf;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Where every program is loaded: the lowest address a kernel may have.
+pub const LOAD: u64 = 0x10_0000;
+
+/// How the VMM enters a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// 64-bit mode, paging on, the first GiB mapped one to one, RSI at the zero page (Linux boot protocol).
+    Linux64,
+    /// 32-bit mode, paging off, EBX at the start info (Xen's PVH boot ABI).
+    Pvh,
+}
+
+/// Machine code to be run at [`LOAD`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Program(Vec<u8>);
+
+/// `jmp` to itself: what is reached only if the instruction before did not end the guest.
+const HANG: [u8; 2] = [0xeb, 0xfe];
+/// `mov al, 0xfe; out 0x64, al`: the keyboard controller pulls the reset line.
+const PULL_RESET: [u8; 4] = [0xb0, 0xfe, 0xe6, 0x64];
+
+impl Program {
+    /// A program of these instructions.
+    pub fn new(code: &[u8]) -> Self {
+        Self(code.to_vec())
+    }
+
+    fn with(mut self, code: &[u8]) -> Self {
+        self.0.extend_from_slice(code);
+        self
+    }
+
+    fn then_reset(self) -> Self {
+        self.with(&PULL_RESET).with(&HANG)
+    }
+
+    /// Resets the machine.
+    pub fn reset() -> Self {
+        Self::new(&[]).then_reset()
+    }
+
+    /// Powers the machine off, by the ACPI sleep control register: S5 is type 5 here.
+    pub fn power_off() -> Self {
+        // mov dx, 0x600; mov al, 0x34; out dx, al
+        Self::new(&[0x66, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee]).with(&HANG)
+    }
+
+    /// Divides by zero, with no interrupt table to find a handler in.
+    pub fn triple_fault() -> Self {
+        // xor ecx, ecx; div ecx
+        Self::new(&[0x31, 0xc9, 0xf7, 0xf1]).with(&HANG)
+    }
+
+    /// Jumps to where only devices are, which KVM cannot fetch instructions from. For [`Entry::Pvh`].
+    pub fn jump_into_the_hole() -> Self {
+        // mov eax, 0xd0000000; jmp eax
+        Self::new(&[0xb8, 0x00, 0x00, 0x00, 0xd0, 0xff, 0xe0])
+    }
+
+    /// Runs for ever without an exit.
+    pub fn spin() -> Self {
+        // pause; jmp back
+        Self::new(&[0xf3, 0x90, 0xeb, 0xfc])
+    }
+
+    /// Writes to a port where nothing is, again and again: one exit each.
+    pub fn tick() -> Self {
+        // out 0x80, al; jmp back
+        Self::new(&[0xe6, 0x80, 0xeb, 0xfc])
+    }
+
+    /// Halts with interrupts off.
+    pub fn halt() -> Self {
+        // hlt; jmp back
+        Self::new(&[0xf4, 0xeb, 0xfd])
+    }
+
+    /// Writes `length` bytes from `address` to the first serial port.
+    fn send(self, address: u32, length: u32) -> Self {
+        // mov esi, address; mov ecx, length; mov dx, 0x3f8; rep outsb
+        self.with(&[0xbe])
+            .with(&address.to_le_bytes())
+            .with(&[0xb9])
+            .with(&length.to_le_bytes())
+            .with(&[0x66, 0xba, 0xf8, 0x03, 0xf3, 0x6e])
+    }
+
+    /// Sends parts of memory, each (address, length), over the serial port, then resets.
+    pub fn dump(parts: &[(u32, u32)]) -> Self {
+        parts
+            .iter()
+            .fold(Self::new(&[]), |program, (address, length)| {
+                program.send(*address, *length)
+            })
+            .then_reset()
+    }
+
+    /// Prints `text` on the serial port and resets.
+    pub fn print(text: &str) -> Self {
+        Self::print_then(text, &Self::reset())
+    }
+
+    /// Prints `text` on the serial port and goes on with `next`, which must not depend on its address.
+    pub fn print_then(text: &str, next: &Program) -> Self {
+        let length = text.len() as u32;
+        let code_length = Self::new(&[]).send(0, 0).with(&next.0).0.len() as u32;
+        Self::new(&[])
+            .send(LOAD as u32 + code_length, length)
+            .with(&next.0)
+            .with(text.as_bytes())
+    }
+
+    /// Tells the boot timer that the guest is up, then resets. For [`Entry::Pvh`].
+    pub fn booted() -> Self {
+        // mov al, 123; mov edi, 0xc0000000; mov [edi], al
+        Self::new(&[0xb0, 123, 0xbf, 0x00, 0x00, 0x00, 0xc0, 0x88, 0x07]).then_reset()
+    }
+
+    /// Writes and sends back four bytes at the end of the RAM below the hole. For [`Entry::Pvh`].
+    pub fn echo_at(address: u32, value: [u8; 4]) -> Self {
+        // mov dword [address], value
+        Self::new(&[0xc7, 0x05])
+            .with(&address.to_le_bytes())
+            .with(&value)
+            .send(address, 4)
+            .then_reset()
+    }
+
+    /// Maps what lies at 4 GiB, writes four bytes there and sends them back. For [`Entry::Linux64`].
+    ///
+    /// The boot page tables lie at 0x9000; the second entry of the level below leads to a new page directory at
+    /// 0xc000, whose first entry is the 2 MiB page at 4 GiB. So the second GiB begins with it.
+    pub fn echo_at_4_gib(value: [u8; 4]) -> Self {
+        let store = |program: Self, address: u32, value: [u8; 4]| {
+            // mov dword [address], value: absolute, by a SIB byte without base and index
+            program
+                .with(&[0xc7, 0x04, 0x25])
+                .with(&address.to_le_bytes())
+                .with(&value)
+        };
+        const PRESENT_WRITABLE: u32 = 3;
+        const LARGE: u32 = 1 << 7;
+        let second_gib = 0x4000_0000u32;
+        let mut program = Self::new(&[]);
+        for (address, value) in [
+            (0xa008, (0xc000 | PRESENT_WRITABLE).to_le_bytes()),
+            (0xc000, (LARGE | PRESENT_WRITABLE).to_le_bytes()),
+            (0xc004, 1u32.to_le_bytes()),
+            (second_gib, value),
+        ] {
+            program = store(program, address, value);
+        }
+        program.send(second_gib, 4).then_reset()
+    }
+
+    /// Starts all other processors, waits until each has counted itself, sends the count and resets. For
+    /// [`Entry::Pvh`], with at least two vCPUs.
+    ///
+    /// The others begin at 0x8000 in real mode (Intel SDM 3A, 9.4.4), count at 0x600 and halt.
+    pub fn count_processors(others: u8) -> Self {
+        const COUNT: u32 = 0x600;
+        const OTHERS_CODE: u32 = 0x8000;
+        const SPURIOUS_VECTOR: u32 = 0xfee0_00f0;
+        const INTERRUPT_COMMAND: u32 = 0xfee0_0300;
+        // lock inc byte [0x600]; hlt; jmp to the hlt
+        let first = [0xf0, 0xfe, 0x06, 0x00];
+        let second = [0x06, 0xf4, 0xeb, 0xfd];
+        let mut program = Self::new(&[]);
+        for (address, value) in [
+            (OTHERS_CODE, first),
+            (OTHERS_CODE + 4, second),
+            // Local APIC on.
+            (SPURIOUS_VECTOR, 0x1ff_u32.to_le_bytes()),
+            // INIT, then start at page 8: to all but ourselves.
+            (INTERRUPT_COMMAND, 0x000c_4500_u32.to_le_bytes()),
+            (INTERRUPT_COMMAND, 0x000c_4608_u32.to_le_bytes()),
+        ] {
+            // mov dword [address], value
+            program = program
+                .with(&[0xc7, 0x05])
+                .with(&address.to_le_bytes())
+                .with(&value);
+        }
+        // again: pause; cmp byte [0x600], others; jb again
+        program
+            .with(&[0xf3, 0x90, 0x80, 0x3d])
+            .with(&COUNT.to_le_bytes())
+            .with(&[others, 0x72, 0xf5])
+            .send(COUNT, 1)
+            .then_reset()
+    }
+
+    /// The code.
+    pub fn code(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The program as an ELF image.
+    pub fn elf(&self, entry: Entry) -> Vec<u8> {
+        let mut image = elf::Elf::of(&self.0);
+        if entry == Entry::Pvh {
+            image.segments.push(elf::Segment::pvh_note(LOAD as u32));
+        }
+        image.bytes()
+    }
+
+    /// Writes the program as an ELF image into `folder`, and returns its path.
+    pub fn write(&self, folder: &Path, entry: Entry) -> PathBuf {
+        let path = folder.join("kernel");
+        fs::write(&path, self.elf(entry)).expect("a kernel image can be written");
+        path
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_follows_the_code_that_prints_it() {
+        let program = Program::print("hello");
+        let address = u32::from_le_bytes(program.0[1..5].try_into().unwrap());
+        let at = (u64::from(address) - LOAD) as usize;
+        assert_eq!(&program.0[at..], b"hello");
+        assert_eq!(program.0[at - 2..at], HANG);
+    }
+
+    #[test]
+    fn the_wait_for_processors_jumps_to_its_pause() {
+        let code = Program::count_processors(3).0;
+        let jump = code.windows(2).position(|w| w == [0x72, 0xf5]).unwrap();
+        let target = jump + 2 - 0x0b;
+        assert_eq!(code[target..target + 2], [0xf3, 0x90]);
+    }
+}

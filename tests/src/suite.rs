@@ -1,0 +1,140 @@
+//! A test program: its tests, and what they need of the host.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Trial};
+
+use crate::programs;
+
+/// What a test needs and a host may lack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// A `/dev/kvm` that can be opened; an emulated one will do.
+    Kvm,
+    /// KVM with the processor's help, on which Linux boots in useful time.
+    HardwareKvm,
+    /// The right to make network devices.
+    Root,
+    /// A program in the `PATH`.
+    Program(&'static str),
+    /// An environment variable with the path of an existing file, such as a kernel.
+    File(&'static str),
+}
+
+impl Need {
+    /// Why the need is not met, if it is not.
+    pub fn missing(self) -> Option<String> {
+        match self {
+            Need::Kvm => programs::kvm().err(),
+            Need::HardwareKvm => programs::hardware_kvm().err(),
+            Need::Root => (!rustix::process::geteuid().is_root()).then(|| "needs root".to_owned()),
+            Need::Program(name) => {
+                (!programs::is_in_path(name)).then(|| format!("there is no program {name}"))
+            }
+            Need::File(variable) => match std::env::var_os(variable) {
+                None => Some(format!("{variable} is not set")),
+                Some(path) if Path::new(&path).is_file() => None,
+                Some(path) => Some(format!("{variable}: there is no file {}", path.display())),
+            },
+        }
+    }
+}
+
+/// One test.
+pub struct Test {
+    name: &'static str,
+    needs: Vec<Need>,
+    run: fn(),
+}
+
+impl Test {
+    /// A test that fails by a panic. [`test!`](crate::test) names it after its function.
+    pub fn new(name: &'static str, run: fn()) -> Self {
+        Self {
+            name,
+            needs: Vec::new(),
+            run,
+        }
+    }
+
+    /// Adds a need.
+    #[must_use]
+    pub fn needs(mut self, need: Need) -> Self {
+        self.needs.push(need);
+        self
+    }
+
+    fn trial(self, common: &[Need]) -> Trial {
+        let run = self.run;
+        let trial = Trial::test(self.name, move || {
+            run();
+            Ok(())
+        });
+        let missing = common
+            .iter()
+            .chain(&self.needs)
+            .find_map(|need| need.missing());
+        match missing {
+            None => trial,
+            Some(reason) => {
+                eprintln!("SKIPPED: {}: {reason}", self.name);
+                trial.with_ignored_flag(true)
+            }
+        }
+    }
+}
+
+/// A test of a function's name.
+#[macro_export]
+macro_rules! test {
+    ($function:ident) => {
+        $crate::suite::Test::new(stringify!($function), $function)
+    };
+}
+
+/// How many tests run at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// As many as the machine has processors.
+    Together,
+    /// One after the other: for tests that compare times.
+    OneByOne,
+}
+
+/// Runs `tests`, all of which need `common`, as libtest would.
+pub fn run<const N: usize>(order: Order, common: &[Need], tests: [Test; N]) -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    if order == Order::OneByOne && arguments.test_threads.is_none() {
+        arguments.test_threads = Some(1);
+    }
+    // To list tests is not to skip any.
+    let common = if arguments.list { &[] } else { common };
+    let trials = tests.map(|test| test.trial(common)).into();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let missing = |need: Need| need.missing().unwrap_or_default();
+        assert_eq!(missing(Need::Program("sh")), "");
+        assert!(missing(Need::Program("no-such-program")).contains("no-such-program"));
+        assert!(missing(Need::File("NO_SUCH_VARIABLE")).contains("NO_SUCH_VARIABLE"));
+    }
+
+    #[test]
+    fn a_test_whose_need_is_not_met_is_not_run() {
+        fn fails() {
+            panic!("it was run");
+        }
+        let need = Need::Program("no-such-program");
+        let skipped = test!(fails).needs(need).trial(&[]);
+        assert!(skipped.has_ignored_flag());
+        assert!(test!(fails).trial(&[need]).has_ignored_flag());
+        assert!(!test!(fails).trial(&[]).has_ignored_flag());
+    }
+}

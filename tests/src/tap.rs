@@ -1,0 +1,52 @@
+//! Tap devices of the host, made with `ip`.
+
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// A tap device that goes with this value.
+pub struct Tap {
+    name: String,
+}
+
+impl Tap {
+    /// Makes a tap device that is up, with an address such as `172.30.1.1/24` if one is given.
+    #[track_caller]
+    pub fn new(address: Option<&str>) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        // At most 15 characters (IFNAMSIZ).
+        let name = format!("lt{}n{number}", std::process::id());
+        ip(&["tuntap", "add", "dev", &name, "mode", "tap", "vnet_hdr"]);
+        let tap = Self { name };
+        if let Some(address) = address {
+            ip(&["addr", "add", address, "dev", tap.name()]);
+        }
+        ip(&["link", "set", "dev", tap.name(), "up"]);
+        tap
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        let removed = Command::new("ip")
+            .args(["link", "del", "dev", &self.name])
+            .status();
+        if !removed.is_ok_and(|status| status.success()) {
+            eprintln!("the tap device {} is left", self.name);
+        }
+    }
+}
+
+#[track_caller]
+fn ip(arguments: &[&str]) {
+    let status = Command::new("ip")
+        .args(arguments)
+        .status()
+        .expect("ip starts");
+    assert!(status.success(), "ip {}", arguments.join(" "));
+}

@@ -1,0 +1,175 @@
+//! What a running VMM may have and no more: threads, descriptors, mode of its socket.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use lepton_tests::guest::{Entry, Program};
+use lepton_tests::suite::{self, Need, Order};
+use lepton_tests::{PATIENCE, Vmm, programs, test};
+use serde_json::json;
+
+fn main() -> ExitCode {
+    suite::run(
+        Order::Together,
+        &[Need::Kvm],
+        [
+            test!(the_threads_are_main_api_and_one_per_vcpu),
+            test!(the_descriptors_are_known),
+            test!(the_api_socket_is_its_owners_alone),
+            test!(a_read_only_drive_is_open_for_reading_only),
+            test!(guest_memory_is_not_touched_before_the_guest_does),
+        ],
+    )
+}
+
+fn started(vcpus: u8, drives: &[(&str, bool)]) -> Vmm {
+    let (vmm, mut api) = Vmm::with_api();
+    let kernel = Program::tick().write(vmm.directory(), Entry::Linux64);
+    let drives: Vec<_> = drives
+        .iter()
+        .map(|(id, read_only)| {
+            let path = vmm.sparse_file(id, 1 << 20);
+            json!({ "drive_id": id, "path_on_host": path, "is_root_device": false, "is_read_only": read_only })
+        })
+        .collect();
+    api.configure(&json!({
+        "boot-source": { "kernel_image_path": kernel },
+        "machine-config": { "vcpu_count": vcpus, "mem_size_mib": 128 },
+        "drives": drives,
+        "vsock": { "guest_cid": 3, "uds_path": vmm.path("v.sock") },
+    }));
+    api.start();
+    vmm
+}
+
+fn the_threads_are_main_api_and_one_per_vcpu() {
+    let (vmm, _api) = Vmm::with_api();
+    // The first thread has the program's name, of which the kernel keeps 15 characters.
+    let program = programs::vmm().file_name().expect("a program has a name");
+    let main: String = program.to_string_lossy().chars().take(15).collect();
+    expect_threads(&vmm, &["api".to_owned(), main.clone()]);
+    vmm.terminate();
+    for vcpus in [1, 4] {
+        let vmm = started(vcpus, &[("d", false)]);
+        let mut expected = vec!["api".to_owned(), main.clone()];
+        expected.extend((0..vcpus).map(|id| format!("vcpu {id}")));
+        expect_threads(&vmm, &expected);
+        vmm.terminate();
+    }
+}
+
+/// A new thread names itself, so its name may come a moment after it.
+#[track_caller]
+fn expect_threads(vmm: &Vmm, expected: &[String]) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let found = vmm.threads();
+        if found == expected {
+            return;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "{found:?} instead of {expected:?}"
+        );
+    }
+}
+
+/// What a process's descriptors lead to, with numbers and places taken out.
+fn descriptors(vmm: &Vmm) -> BTreeMap<String, usize> {
+    let mut kinds = BTreeMap::new();
+    let folder = format!("/proc/{}/fd", vmm.pid());
+    for entry in fs::read_dir(folder).expect("the VMM runs") {
+        let target = fs::read_link(entry.expect("an entry").path());
+        let target = target.expect("a link").display().to_string();
+        let kind = match target.split_once(":[") {
+            Some((kind, _)) => kind.to_owned(),
+            None => target.rsplit('/').next().unwrap_or_default().to_owned(),
+        };
+        *kinds.entry(kind).or_insert(0) += 1;
+    }
+    kinds
+}
+
+fn the_descriptors_are_known() {
+    let vmm = started(2, &[("d", false)]);
+    let known = [
+        "anon_inode",
+        "[eventfd]",
+        "[eventpoll]",
+        "[signalfd]",
+        "[timerfd]",
+        "[io_uring]",
+        "kvm",
+        "kvm-vm",
+        "pipe",
+        "socket",
+        "null",
+        "d",
+        "kernel",
+    ];
+    for (kind, count) in descriptors(&vmm) {
+        let plain = kind.strip_prefix("anon_inode:").unwrap_or(&kind);
+        let vcpu = plain.starts_with("kvm-vcpu");
+        assert!(vcpu || known.contains(&plain), "{kind}: {count}");
+        assert!(count <= 24, "{kind}: {count}");
+    }
+    vmm.terminate();
+}
+
+fn the_api_socket_is_its_owners_alone() {
+    let (vmm, _api) = Vmm::with_api();
+    let metadata = fs::metadata(vmm.socket()).expect("the socket is there");
+    assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+    vmm.terminate();
+}
+
+/// The open mode of the descriptor that leads to a file: 0 reading, 1 writing, 2 both.
+fn access_mode(vmm: &Vmm, path: &str) -> u32 {
+    let wanted = fs::metadata(path).expect("the file is there");
+    let folder = format!("/proc/{}/fd", vmm.pid());
+    for entry in fs::read_dir(folder).expect("the VMM runs") {
+        let entry = entry.expect("an entry");
+        let Ok(found) = fs::metadata(entry.path()) else {
+            continue;
+        };
+        if (found.dev(), found.ino()) == (wanted.dev(), wanted.ino()) {
+            let number = entry.file_name();
+            let info = format!("/proc/{}/fdinfo/{}", vmm.pid(), number.display());
+            let info = fs::read_to_string(info).expect("the descriptor is open");
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+            let flags = flags.expect("flags").trim();
+            return u32::from_str_radix(flags, 8).expect("an octal number") & 3;
+        }
+    }
+    panic!("{path} is not open");
+}
+
+fn a_read_only_drive_is_open_for_reading_only() {
+    let vmm = started(1, &[("ro", true), ("rw", false)]);
+    assert_eq!(access_mode(&vmm, &vmm.path("ro")), 0);
+    assert_eq!(access_mode(&vmm, &vmm.path("rw")), 2);
+    vmm.terminate();
+}
+
+fn guest_memory_is_not_touched_before_the_guest_does() {
+    let (vmm, mut api) = Vmm::with_api();
+    let kernel = Program::tick().write(vmm.directory(), Entry::Linux64);
+    api.configure(&json!({
+        "boot-source": { "kernel_image_path": kernel },
+        "machine-config": { "vcpu_count": 1, "mem_size_mib": 2048 },
+    }));
+    api.start();
+    let status = fs::read_to_string(format!("/proc/{}/status", vmm.pid()));
+    let status = status.expect("the VMM runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.split_whitespace().next());
+    let kib: u64 = kib.and_then(|kib| kib.parse().ok()).expect("a number");
+    assert!(
+        kib < 64 << 10,
+        "{kib} KiB of a guest of 2 GiB that did nothing"
+    );
+    vmm.terminate();
+}

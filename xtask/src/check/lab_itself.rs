@@ -1,0 +1,160 @@
+//! Checks of the lab: what the tests in it, and the measurements, rely on.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use super::captured::Captured;
+use super::counts::Counts;
+use crate::cache::Cache;
+use crate::lab::{Lab, LabError, Outcome, Place, Share, Streams};
+use crate::progress::Progress;
+
+/// A boot takes seconds; a machine under load may take many times that.
+const TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Runs all of them.
+pub fn run(progress: &Progress) -> Result<Counts> {
+    let cache = Cache::open()?;
+    let mut counts = Counts::default();
+    for (what, check) in [
+        (
+            "checking the lab: status, streams, files",
+            passes_through as fn(&Cache) -> Result<()>,
+        ),
+        ("checking the lab: a crash and a timeout", ends),
+        ("checking the lab: counted time", is_deterministic),
+    ] {
+        let step = progress.step(what);
+        match check(&cache) {
+            Ok(()) => counts += Counts::one(true),
+            Err(error) => {
+                step.failed();
+                eprintln!("{error:#}");
+                counts += Counts::one(false);
+            }
+        }
+    }
+    Ok(counts)
+}
+
+struct Ran {
+    result: Result<Outcome, LabError>,
+    output: String,
+    error: String,
+}
+
+fn in_lab(cache: &Cache, place: Place, timeout: Duration, command: &[&str]) -> Ran {
+    let (output, error) = (Captured::default(), Captured::default());
+    let lab = Lab {
+        command: command.iter().map(OsString::from).collect(),
+        environment: vec![("LAB_TEST".into(), "it's \"quoted\" $HOME".into())],
+        place,
+        memory_mib: 1024,
+        timeout: Some(timeout),
+    };
+    let streams = Streams::Pipes {
+        input: false,
+        output: Box::new(output.clone()),
+        error: Box::new(error.clone()),
+    };
+    Ran {
+        result: lab.run(cache, &Progress::new(), streams),
+        output: output.text(),
+        error: error.text(),
+    }
+}
+
+fn host(directory: &Path, shares: Vec<Share>) -> Place {
+    Place::Host {
+        directory: directory.to_path_buf(),
+        shares,
+        cpus: 2,
+    }
+}
+
+fn passes_through(cache: &Cache) -> Result<()> {
+    const SCRIPT: &str = "
+        pwd; printf '%s\\n' \"$LAB_TEST\"; cat
+        echo error >/dev/stderr
+        test -c /dev/kvm && grep -q svm /proc/cpuinfo && echo kvm
+        echo kept >kept/file; echo lost >lost; cat lost
+        (echo x >seen/file) 2>/dev/null || echo read-only
+        sleep 1000 &
+        exit 42";
+    let folder = tempfile::tempdir()?;
+    let path = fs::canonicalize(folder.path())?;
+    let mut shares = Vec::new();
+    for (name, writable) in [("kept", true), ("seen", false)] {
+        fs::create_dir(path.join(name))?;
+        shares.push(Share {
+            folder: path.join(name),
+            writable,
+        });
+    }
+    let ran = in_lab(cache, host(&path, shares), TIMEOUT, &["sh", "-c", SCRIPT]);
+    ensure!(ran.result?.status == 42, "the exit status is not 42");
+    let expected = format!(
+        "{}\nit's \"quoted\" $HOME\nkvm\nlost\nread-only\n",
+        path.display()
+    );
+    ensure!(ran.output == expected, "stdout: {:?}", ran.output);
+    ensure!(ran.error == "error\n", "stderr: {:?}", ran.error);
+    ensure!(
+        fs::read(path.join("kept/file"))? == b"kept\n",
+        "a writable share kept nothing"
+    );
+    ensure!(
+        !path.join("lost").exists(),
+        "the overlay let a write through"
+    );
+    Ok(())
+}
+
+fn ends(cache: &Cache) -> Result<()> {
+    let place = || host(Path::new("/"), Vec::new());
+    let crash = "echo last words; echo c >/proc/sysrq-trigger";
+    let ran = in_lab(cache, place(), TIMEOUT, &["sh", "-c", crash]);
+    match ran.result {
+        Err(LabError::Crashed { console, .. }) => {
+            ensure!(console.contains("Kernel panic"), "console: {console}");
+            ensure!(ran.output == "last words\n", "stdout: {:?}", ran.output);
+        }
+        other => anyhow::bail!("a crash gave {other:?}"),
+    }
+    let ran = in_lab(cache, place(), Duration::from_millis(300), &["true"]);
+    ensure!(
+        matches!(ran.result, Err(LabError::TimedOut { .. })),
+        "a timeout gave {:?}",
+        ran.result
+    );
+    Ok(())
+}
+
+fn is_deterministic(cache: &Cache) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let payload = folder.path().join("payload");
+    fs::write(
+        &payload,
+        "seq 1000 | while read n; do x=$((x + n)); echo $x; done | tail -n 1\nexit 7\n",
+    )?;
+    let mut times = Vec::new();
+    for _ in 0..2 {
+        let place = Place::Counted {
+            payload: vec![payload.clone()],
+        };
+        let ran = in_lab(cache, place, TIMEOUT, &["sh", "payload"]);
+        let outcome = ran.result?;
+        ensure!(outcome.status == 7, "the exit status is {}", outcome.status);
+        ensure!(ran.output.trim() == "500500", "stdout: {:?}", ran.output);
+        times.push(outcome.inside);
+    }
+    ensure!(
+        times[0] == times[1] && !times[0].is_zero(),
+        "the same command took {times:?}"
+    );
+    Ok(())
+}
