@@ -1,11 +1,13 @@
 //! The file of `--config-file`: a whole machine in one JSON document, and the same document as `GET /vm/config` gives
 //! it. What `GET /vm/config` answers can be used as a configuration file.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{FileType, Mode, OFlags, fstat, open};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -42,6 +44,14 @@ pub enum ConfigFileError {
         path: PathBuf,
         /// What is wrong.
         source: JsonError,
+    },
+    /// Two devices have one id. By single requests the second would replace the first; in one document it is a mistake.
+    #[error("{key}: {id:?} is the id of two of them")]
+    DuplicateId {
+        /// The key.
+        key: &'static str,
+        /// The id.
+        id: String,
     },
     /// The document asks for something that this VMM does not have.
     #[error("{key}: This VMM offers no {why}.")]
@@ -89,6 +99,13 @@ pub fn parse(
         mmds_config: _,
         pmem: _,
     } = file;
+    refuse_duplicates("drives", drives.iter().map(|drive| &drive.drive_id))?;
+    refuse_duplicates(
+        "network-interfaces",
+        network_interfaces
+            .iter()
+            .map(|interface| &interface.iface_id),
+    )?;
     // The log first, so that what follows is in it. The machine's size before what depends on it.
     let mut actions = Vec::new();
     actions.extend(logger.map(Action::PutLogger));
@@ -115,9 +132,32 @@ pub fn parse(
     Ok(actions)
 }
 
+fn refuse_duplicates<'a>(
+    key: &'static str,
+    ids: impl Iterator<Item = &'a String>,
+) -> Result<(), ConfigFileError> {
+    let mut seen = BTreeSet::new();
+    for id in ids {
+        if !seen.insert(id) {
+            let id = id.clone();
+            return Err(ConfigFileError::DuplicateId { key, id });
+        }
+    }
+    Ok(())
+}
+
 fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
     let mut content = Vec::new();
-    File::open(path)?
+    // Opened without blocking: a named pipe must be refused, not waited for.
+    let file = open(
+        path,
+        OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    if FileType::from_raw_mode(fstat(&file)?.st_mode) == FileType::Fifo {
+        return Err(io::Error::other("a named pipe cannot be a configuration"));
+    }
+    File::from(file)
         .take(MAX_FILE.saturating_add(1))
         .read_to_end(&mut content)?;
     if content.len() as u64 > MAX_FILE {

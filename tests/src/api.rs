@@ -1,6 +1,7 @@
 //! The API as tests use it: every reply is checked.
 
 use std::path::Path;
+use std::time::Instant;
 
 use lepton_api::Client;
 use lepton_api::client::ClientError;
@@ -125,6 +126,15 @@ impl Api {
             .collect();
         assert!(!samples.is_empty(), "there is no {family} in:\n{text}");
         samples.iter().sum()
+    }
+
+    /// Waits until a counter is above `count`.
+    #[track_caller]
+    pub fn wait_for_more(&mut self, family: &str, count: u64) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.counter(family) <= count {
+            assert!(Instant::now() < deadline, "{family} stays at {count}");
+        }
     }
 
     /// Does by requests what a configuration file of this content does, short of the start.

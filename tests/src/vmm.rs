@@ -11,11 +11,12 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::api::Api;
 use crate::capture::Capture;
+use crate::guest::{Entry, Program};
 use crate::{PATIENCE, programs};
 
 /// What to start.
@@ -164,6 +165,16 @@ impl Vmm {
         let mut api = vmm.api();
         assert_eq!(api.state(), "Not started");
         (vmm, api)
+    }
+
+    /// A VMM whose machine has a kernel and is not started, its API, and the kernel's path. Entered in 64-bit mode.
+    #[track_caller]
+    pub fn with_kernel(program: &Program) -> (Self, Api, String) {
+        let (vmm, mut api) = Self::with_api();
+        program.write(vmm.directory(), Entry::Linux64);
+        let kernel = vmm.path("kernel");
+        api.put("/boot-source", &json!({ "kernel_image_path": kernel }));
+        (vmm, api, kernel)
     }
 
     /// The VMM's own directory.

@@ -20,6 +20,7 @@ fn main() -> ExitCode {
             test!(what_the_command_line_cannot_mean),
             test!(signals_end_it_in_order).needs(Need::Kvm),
             test!(a_signal_before_the_start),
+            test!(a_machine_that_cannot_start_leaves_no_socket).needs(Need::Kvm),
             test!(a_socket_in_use_is_refused_and_left_alone),
             test!(a_file_in_the_sockets_place_is_left_alone),
             test!(a_socket_in_a_place_that_is_not_there),
@@ -123,6 +124,21 @@ fn a_signal_before_the_start() {
         &json!({ "guest_cid": 3, "uds_path": vmm.path("v.sock") }),
     );
     vmm.terminate();
+}
+
+fn a_machine_that_cannot_start_leaves_no_socket() {
+    let builder = Vmm::builder();
+    let path = |name: &str| builder.directory().join(name);
+    fs::write(path("kernel"), "no kernel at all").expect("a file can be written");
+    fs::write(path("disk"), [0; 4096]).expect("a file can be written");
+    let config = json!({
+        "boot-source": { "kernel_image_path": path("kernel") },
+        "drives": [{ "drive_id": "d", "path_on_host": path("disk"), "is_root_device": false }],
+        "vsock": { "guest_cid": 3, "uds_path": path("v.sock") },
+    });
+    let ended = builder.config(&config).spawn().wait().expect_code(152);
+    assert!(ended.stderr.contains("/kernel"), "{}", ended.stderr);
+    assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
 }
 
 fn a_socket_in_use_is_refused_and_left_alone() {

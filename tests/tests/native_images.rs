@@ -290,9 +290,8 @@ fn random_bytes_behind_the_magic() {
             &numbers.bytes(length),
         ]
         .concat();
-        for at in header::SIZE..header::SIZE + program_header::SIZE {
-            image[at] = numbers.next() as u8;
-        }
+        let random = numbers.bytes(program_header::SIZE);
+        image[header::SIZE..header::SIZE + program_header::SIZE].copy_from_slice(&random);
         victim.refuses(
             &format!("{length} random bytes, program header too"),
             &image,

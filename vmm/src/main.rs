@@ -4,14 +4,14 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::process;
 use std::sync::Arc;
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use clap::Parser;
 use clap::error::ErrorKind;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use lepton_api::http::SocketFile;
 use lepton_api::types::{Logger, MetricsTarget};
-use lepton_api::{Action, Server, config_file};
+use lepton_api::{Action, Server, StopHandle, config_file};
 use lepton_vmm::cli::Cli;
 use lepton_vmm::controller::{Controller, Inbox, Mailbox, Message, Next, Options, mailbox};
 use lepton_vmm::events::Loop;
@@ -72,15 +72,18 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         });
     }
     let host = |what| failure::<io::Error>(ExitCode::Failure, what);
+    // The log first: what the API's thread says is to go where the command line says.
     lepton_vmm::log::init(&cli.id);
+    lepton_vmm::log::configure(&log_settings(&cli))
+        .map_err(failure(ExitCode::Failure, "log_path"))?;
     signal::install().map_err(host("signal handlers"))?;
     let ends = signal::orderly_ends().map_err(host("signalfd"))?;
 
     let (mailbox, inbox) = mailbox().map_err(host("mailbox"))?;
-    // The socket comes first: a client waits for it, and can wait in it.
-    let _socket = match cli.no_api {
+    // The socket comes early: a client waits for it, and can wait in it.
+    let api = match cli.no_api {
         true => None,
-        false => Some(serve(&cli, mailbox.clone())?),
+        false => Some(Api::serve(&cli, mailbox.clone())?),
     };
     let mut events = Loop::new().map_err(failure(ExitCode::Failure, "event loop"))?;
     events.add_subscriber(inbox.waker());
@@ -98,8 +101,23 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
     controller.metrics_mut().startup_us = startup(&cli);
     configure(&cli, &mut controller, &mut events)?;
     let code = attend(&mut controller, &inbox, &mut events)?;
+    // Requests that wait for an answer get one.
+    drop(inbox);
     controller.finish();
+    if let Some(api) = api {
+        api.finish();
+    }
     Ok(code)
+}
+
+fn log_settings(cli: &Cli) -> Logger {
+    Logger {
+        log_path: cli.log_path.clone(),
+        level: cli.level,
+        show_level: cli.show_level.then_some(true),
+        show_log_origin: cli.show_log_origin.then_some(true),
+        module: cli.module.clone(),
+    }
 }
 
 /// Microseconds from this process's start, as its parent gave it, until now: wall clock and CPU.
@@ -121,16 +139,6 @@ fn configure(cli: &Cli, controller: &mut Controller, events: &mut Loop) -> Resul
         let applied = controller.execute(action, events);
         applied.map(drop).map_err(failure(code, ""))
     };
-    apply(
-        Action::PutLogger(Logger {
-            log_path: cli.log_path.clone(),
-            level: cli.level,
-            show_level: cli.show_level.then_some(true),
-            show_log_origin: cli.show_log_origin.then_some(true),
-            module: cli.module.clone(),
-        }),
-        ExitCode::Failure,
-    )?;
     if let Some(path) = &cli.metrics_path {
         let target = MetricsTarget {
             metrics_path: path.clone(),
@@ -142,7 +150,7 @@ fn configure(cli: &Cli, controller: &mut Controller, events: &mut Loop) -> Resul
     if let Some(path) = &cli.config_file {
         let bad = ExitCode::BadConfiguration;
         let file = path.display().to_string();
-        let actions = config_file::load(path).map_err(failure(bad, ""))?;
+        let actions = config_file::load(path).map_err(failure(bad, &file))?;
         for action in actions.into_iter().chain([Action::InstanceStart]) {
             let named = |failure: Failure| Failure {
                 message: format!("{file}: {}", failure.message),
@@ -172,26 +180,50 @@ fn attend(
     }
 }
 
-/// Binds the API's socket and serves it from a thread of its own. The socket's file goes with what is returned.
-fn serve(cli: &Cli, mailbox: Mailbox) -> Result<SocketFile, Failure> {
-    let mut server = Server::bind(&cli.api_sock).map_err(failure(ExitCode::Failure, ""))?;
-    server.set_max_payload(cli.http_api_max_payload_size);
-    let file = server.take_socket_file().ok_or_else(|| Failure {
-        code: ExitCode::Failure,
-        message: format!("{}: the socket has no file", cli.api_sock.display()),
-    })?;
-    let end = mailbox.clone();
-    thread::Builder::new()
-        .name("api".into())
-        .stack_size(512 << 10)
-        .spawn(move || {
-            if let Err(error) = server.serve(|action| mailbox.request(action)) {
-                log::error!("the API cannot be served any more: {error}");
-                end.send(Message::End(ExitCode::Failure));
-            }
+/// The API as it is served from a thread of its own.
+struct Api {
+    thread: JoinHandle<()>,
+    stop: StopHandle,
+    /// Removes the socket's file when dropped.
+    _socket: SocketFile,
+}
+
+impl Api {
+    /// Binds the socket and serves it.
+    fn serve(cli: &Cli, mailbox: Mailbox) -> Result<Self, Failure> {
+        let mut server = Server::bind(&cli.api_sock).map_err(failure(ExitCode::Failure, ""))?;
+        server.set_max_payload(cli.http_api_max_payload_size);
+        let socket = server.take_socket_file().ok_or_else(|| Failure {
+            code: ExitCode::Failure,
+            message: format!("{}: the socket has no file", cli.api_sock.display()),
+        })?;
+        let stop = server
+            .stop_handle()
+            .map_err(failure(ExitCode::Failure, "API"))?;
+        let thread = thread::Builder::new()
+            .name("api".into())
+            .stack_size(512 << 10)
+            .spawn(move || {
+                if let Err(error) = server.serve(|action| mailbox.request(action)) {
+                    log::error!("the API cannot be served any more: {error}");
+                    mailbox.send(Message::End(ExitCode::Failure));
+                }
+            })
+            .map_err(failure(ExitCode::Failure, "API thread"))?;
+        Ok(Api {
+            thread,
+            stop,
+            _socket: socket,
         })
-        .map_err(failure(ExitCode::Failure, "API thread"))?;
-    Ok(file)
+    }
+
+    /// Lets the answers that are on their way out reach their clients, then ends.
+    fn finish(self) {
+        // Without the event the thread would not end; then the process ends without it.
+        if self.stop.stop().is_ok() {
+            drop(self.thread.join());
+        }
+    }
 }
 
 /// Turns signals into messages.

@@ -62,8 +62,8 @@ pub enum DeviceConfigError {
     Cid(#[source] vsock::InvalidCid),
     #[error("vsock: uds_path: {0}")]
     Socket(#[source] BindError),
-    #[error("vsock: {0}")]
-    Vsock(#[source] io::Error),
+    #[error("vsock: uds_path {path:?}: {source}")]
+    Vsock { path: String, source: io::Error },
     #[error("there is no {what} {id}")]
     Unknown { what: &'static str, id: String },
     #[error("{what} {id}: rate limiter: {source}")]
@@ -282,21 +282,32 @@ impl Devices {
         Ok(())
     }
 
-    /// PUT /vsock: makes the socket device or replaces it.
+    /// PUT /vsock: makes the socket device or replaces it. On error nothing changes, except that a replaced device of
+    /// the same path is gone.
     pub fn put_vsock(&mut self, wire: wire::Vsock) -> Result<(), DeviceConfigError> {
         let cid = Cid::try_from(u64::from(wire.guest_cid)).map_err(DeviceConfigError::Cid)?;
-        // The old socket's file goes first: the new one may have the same path.
-        self.vsock = None;
+        // A path is free for the new socket only once the old one's file is gone.
+        if self
+            .vsock
+            .as_ref()
+            .is_some_and(|old| old.wire.uds_path == wire.uds_path)
+        {
+            self.vsock = None;
+        }
         let path = Path::new(&wire.uds_path);
         let listener = bind_listener(path).map_err(DeviceConfigError::Socket)?;
-        let socket = SocketGuard::new(path).map_err(DeviceConfigError::Vsock)?;
+        let failed = |source| DeviceConfigError::Vsock {
+            path: wire.uds_path.clone(),
+            source,
+        };
+        let socket = SocketGuard::new(path).map_err(failed)?;
         let device = Vsock::new(VsockConfig {
             guest_cid: cid,
             listener,
             uds_path: wire.uds_path.clone().into(),
             queue_size: QUEUE_SIZE,
         })
-        .map_err(DeviceConfigError::Vsock)?;
+        .map_err(failed)?;
         self.vsock = Some(VsockSlot {
             wire,
             device: Arc::new(Mutex::new(device)),

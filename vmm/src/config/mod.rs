@@ -13,7 +13,6 @@ use lepton_devices::rate_limiter::BucketConfig;
 use self::cpu::CpuTemplate;
 use self::devices::{DeviceConfigError, Devices, bucket};
 use crate::arch::x86_64::cpuid::Topology;
-use crate::arch::x86_64::layout;
 use crate::loader::{self, Image};
 use crate::memory::{MemoryError, MemorySize};
 
@@ -49,9 +48,9 @@ pub enum ConfigError {
         /// The path and what is wrong with it.
         reason: String,
     },
-    /// Arguments too long for a kernel.
-    #[error("boot_args of {0} bytes are more than {max}", max = layout::COMMAND_LINE_SIZE - 1)]
-    Arguments(usize),
+    /// Arguments that no kernel takes.
+    #[error("boot_args: {0}")]
+    Arguments(String),
     /// A CPU template that cannot be applied.
     #[error(transparent)]
     Cpu(#[from] cpu::CpuTemplateError),
@@ -126,9 +125,7 @@ impl TryFrom<wire::BootSource> for BootSource {
             .boot_args
             .clone()
             .unwrap_or_else(|| DEFAULT_ARGUMENTS.to_owned());
-        if arguments.len() >= layout::COMMAND_LINE_SIZE {
-            return Err(ConfigError::Arguments(arguments.len()));
-        }
+        loader::check_arguments(&arguments).map_err(ConfigError::Arguments)?;
         Ok(BootSource {
             kernel: open("kernel_image_path", &wire.kernel_image_path)?,
             initrd: match &wire.initrd_path {

@@ -11,8 +11,8 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegion
 use crate::arch::x86_64::layout;
 
 const MIB: u64 = 1 << 20;
-/// Largest guest in MiB: 16 TiB, far below what 46 bits of physical address hold.
-pub const MAX_MIB: u64 = 16 << 20;
+/// Largest guest in MiB: 1 TiB. A host may be smaller, which [`allocate`] checks.
+pub const MAX_MIB: u64 = 1 << 20;
 
 /// A size a guest can have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +53,27 @@ pub enum MemoryError {
         /// As asked for.
         mib: u64,
     },
+    /// More than the host has. Refused by us: KVM would first fill the host with its own tables for it.
+    #[error(
+        "mem_size_mib {mib} is more than the {host_mib} MiB of memory and swap that this host has"
+    )]
+    Host {
+        /// As asked for.
+        mib: u64,
+        /// What there is.
+        host_mib: u64,
+    },
+    /// The host has not enough huge pages reserved.
+    #[error(
+        "huge_pages 2M: cannot map {bytes} bytes of guest memory: {reason}; reserve huge pages by \
+         /proc/sys/vm/nr_hugepages"
+    )]
+    HugePages {
+        /// Bytes of the region that failed.
+        bytes: u64,
+        /// The host's reason.
+        reason: String,
+    },
     /// The host refused.
     #[error("cannot map {bytes} bytes of guest memory: {reason}")]
     Map {
@@ -65,18 +86,32 @@ pub enum MemoryError {
 
 /// Maps guest memory. Pages cost nothing until the guest touches them.
 pub fn allocate(size: MemorySize, huge_pages: HugePages) -> Result<Arc<Memory>, MemoryError> {
-    let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    if huge_pages == HugePages::Hugetlbfs2M {
+    let host = host_bytes();
+    if size.bytes > host {
+        return Err(MemoryError::Host {
+            mib: size.bytes / MIB,
+            host_mib: host / MIB,
+        });
+    }
+    let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let huge = huge_pages == HugePages::Hugetlbfs2M;
+    if huge {
+        // Reserved now: a guest that touches a page there is none for would kill the VMM by SIGBUS.
         flags |= libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
+    } else {
+        flags |= libc::MAP_NORESERVE;
     }
     let mut regions = Vec::new();
     for (start, bytes) in layout::ram(size.bytes) {
-        let fail = |reason: String| MemoryError::Map { bytes, reason };
+        let fail = |reason: String| match huge {
+            true => MemoryError::HugePages { bytes, reason },
+            false => MemoryError::Map { bytes, reason },
+        };
         let length = usize::try_from(bytes).map_err(|e| fail(e.to_string()))?;
         let mapping = MmapRegionBuilder::new_with_bitmap(length, ())
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(flags)
-            .with_hugetlbfs(huge_pages == HugePages::Hugetlbfs2M)
+            .with_hugetlbfs(huge)
             .build()
             .map_err(|e| fail(e.to_string()))?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(start))
@@ -97,6 +132,15 @@ pub fn allocate(size: MemorySize, huge_pages: HugePages) -> Result<Arc<Memory>, 
     Ok(Arc::new(memory))
 }
 
+/// Memory and swap of the host in bytes.
+fn host_bytes() -> u64 {
+    let info = rustix::system::sysinfo();
+    let unit = u64::from(info.mem_unit.max(1));
+    info.totalram
+        .saturating_add(info.totalswap)
+        .saturating_mul(unit)
+}
+
 /// Advice only: a host kernel that does not know it changes nothing.
 fn advise(region: &GuestRegionMmap, advice: libc::c_int) {
     let length = region.len() as usize;
@@ -115,6 +159,11 @@ mod tests {
         for mib in [0, MAX_MIB + 1, 1 << 44, 1 << 63, u64::MAX] {
             let refused = MemorySize::new(mib, HugePages::None).unwrap_err();
             assert!(refused.to_string().contains(&mib.to_string()));
+        }
+        let most = MemorySize::new(MAX_MIB, HugePages::None).unwrap();
+        if most.bytes() > host_bytes() {
+            let refused = allocate(most, HugePages::None).unwrap_err();
+            assert!(refused.to_string().contains(&MAX_MIB.to_string()));
         }
         assert!(MemorySize::new(3, HugePages::Hugetlbfs2M).is_err());
         assert_eq!(

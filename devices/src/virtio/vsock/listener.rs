@@ -21,7 +21,7 @@ pub enum BindError {
     #[error("vsock socket {}: the path exists already", .0.display())]
     Exists(PathBuf),
     /// Longer than the 107 bytes of a Unix socket's address, or with a NUL in it.
-    #[error("vsock socket {}: not a path a Unix socket can have (at most 107 bytes)", .0.display())]
+    #[error("vsock socket {:?}: not a path a Unix socket can have (1 to 107 bytes)", .0)]
     Path(PathBuf),
     /// The kernel refused.
     #[error("vsock socket {}: {source}", path.display())]
@@ -42,6 +42,10 @@ pub fn bind_listener(path: &Path) -> Result<UnixListener, BindError> {
         path: path.to_owned(),
         source,
     };
+    // The kernel would take an empty path to mean any name that nobody can find.
+    if path.as_os_str().is_empty() {
+        return Err(BindError::Path(path.to_owned()));
+    }
     let address = SocketAddrUnix::new(path).map_err(|_| BindError::Path(path.to_owned()))?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)

@@ -1,7 +1,10 @@
 //! The kernel, its initrd and its command line, put into guest memory.
 
+mod elf;
+
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use linux_loader::configurator::linux::LinuxBootConfigurator;
@@ -106,41 +109,49 @@ pub fn load_kernel(memory: &Memory, image: &mut Image) -> Result<Entry, LoadErro
         .map_err(|e| fail(format!("cannot read its first 4 bytes: {e}")))?;
     let high = Some(GuestAddress(layout::HIGH_MEMORY));
     if magic == ELF_MAGIC {
-        check_elf_header(&mut image.file).map_err(&fail)?;
+        let segments = elf::check(memory, &image.file).map_err(&fail)?;
         let loaded =
             Elf::load(memory, None, &mut image.file, high).map_err(|e| fail(e.to_string()))?;
-        return Ok(elf_entry(&loaded));
+        let entry = elf_entry(&loaded);
+        return match entry {
+            Entry::Pvh { rip } if !segments.hold(rip) => Err(fail(format!(
+                "its PVH entry {rip:#x} is in none of its segments"
+            ))),
+            entry => Ok(entry),
+        };
     }
     let loaded =
         BzImage::load(memory, None, &mut image.file, high).map_err(|e| fail(e.to_string()))?;
-    let header = loaded
-        .setup_header
-        .ok_or_else(|| fail("it has no setup header".into()))?;
-    if header.xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(fail("it has no 64-bit entry".into()));
-    }
+    let header = check_bzimage(memory, &loaded).map_err(&fail)?;
     Ok(Entry::Linux64 {
         rip: loaded.kernel_load.0 + BZIMAGE_ENTRY,
         header: Some(Box::new(header)),
     })
 }
 
-/// Refuses what the loader would take for an x86-64 kernel without looking: another class or machine.
-fn check_elf_header(file: &mut File) -> Result<(), String> {
-    const CLASS_64: u8 = 2;
-    const MACHINE_X86_64: u16 = 62;
-    let mut header = [0; 20];
-    file.seek(SeekFrom::Start(0))
-        .and_then(|_| file.read_exact(&mut header))
-        .map_err(|e| format!("cannot read its ELF header: {e}"))?;
-    let machine = u16::from_le_bytes([header[18], header[19]]);
-    if header[4] != CLASS_64 {
-        return Err(format!("ELF class {} is not 64-bit", header[4]));
+/// Checks what the loader did not: that the image has the 64-bit entry, all of its code, and room to unpack itself.
+fn check_bzimage(memory: &Memory, loaded: &KernelLoaderResult) -> Result<setup_header, String> {
+    let header = loaded.setup_header.ok_or("it has no setup header")?;
+    if header.xloadflags & XLF_KERNEL_64 == 0 {
+        return Err("it has no 64-bit entry".into());
     }
-    if machine != MACHINE_X86_64 {
-        return Err(format!("ELF machine {machine} is not x86-64"));
+    let start = loaded.kernel_load;
+    let size = loaded.kernel_end.saturating_sub(start.0);
+    // Linux boot protocol, syssize: the code's length in 16-byte paragraphs, rounded up.
+    let expected = u64::from(header.syssize)
+        .saturating_mul(16)
+        .saturating_sub(15);
+    if size <= BZIMAGE_ENTRY || size < expected {
+        return Err(format!("it has {size} bytes of code, and says {expected}"));
     }
-    Ok(())
+    let init_size = header.init_size;
+    if !GuestMemoryBackend::check_range(memory, start, init_size as usize) {
+        return Err(format!(
+            "it needs {init_size} bytes at {:#x} to unpack itself, which is not all guest memory",
+            start.0
+        ));
+    }
+    Ok(header)
 }
 
 fn elf_entry(loaded: &KernelLoaderResult) -> Entry {
@@ -191,7 +202,12 @@ pub fn load_initrd(memory: &Memory, image: &mut Image) -> Result<Placed, LoadErr
 
 /// Opens a file that is to be loaded. Anything but a regular file is refused by name.
 pub fn open_image(path: &Path) -> Result<Image, String> {
-    let file = File::open(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    // Without blocking: a named pipe must be refused, not waited for.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|e| format!("{}: {e}", path.display()))?;
     let kind = file
         .metadata()
         .map_err(|e| format!("{}: {e}", path.display()))?
@@ -235,19 +251,20 @@ pub fn write_boot_info(
     }
 }
 
+/// Whether `line` can be a kernel's command line.
+pub fn check_arguments(line: &str) -> Result<(), String> {
+    const MAX: usize = layout::COMMAND_LINE_SIZE - 1;
+    if line.len() > MAX {
+        return Err(format!("{} bytes are more than {MAX}", line.len()));
+    }
+    match line.chars().find(|c| !c.is_ascii() || c.is_ascii_control()) {
+        Some(c) => Err(format!("the character {c:?} cannot be in it")),
+        None => Ok(()),
+    }
+}
+
 fn write_command_line(memory: &Memory, line: &str) -> Result<(), LoadError> {
-    if line.len() >= layout::COMMAND_LINE_SIZE {
-        return Err(LoadError::CommandLine(format!(
-            "{} bytes are more than {}",
-            line.len(),
-            layout::COMMAND_LINE_SIZE - 1
-        )));
-    }
-    if let Some(c) = line.chars().find(|c| !c.is_ascii() || c.is_ascii_control()) {
-        return Err(LoadError::CommandLine(format!(
-            "it has the character {c:?}"
-        )));
-    }
+    check_arguments(line).map_err(LoadError::CommandLine)?;
     let mut bytes = line.as_bytes().to_vec();
     bytes.push(0);
     memory
