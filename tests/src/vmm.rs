@@ -285,6 +285,21 @@ impl Vmm {
         fs::read_dir(path).expect("the VMM runs").count()
     }
 
+    /// Whether no more than `bound` descriptors are open, or soon will be: a connection that a client has closed is open
+    /// until the VMM has noticed.
+    #[track_caller]
+    pub fn open_files_fall_to(&self, bound: usize, api: &mut Api) -> bool {
+        let deadline = Instant::now() + PATIENCE;
+        while self.open_files() > bound {
+            // Something for the VMM to do, before which it notices.
+            api.state();
+            if Instant::now() > deadline {
+                return false;
+            }
+        }
+        true
+    }
+
     /// The names of its threads, sorted. Threads that the kernel's KVM and io_uring put beside them are left out.
     pub fn threads(&self) -> Vec<String> {
         let path = format!("/proc/{}/task", self.pid());

@@ -51,6 +51,10 @@ const UNUSED: [&str; 10] = [
     "*/sound/*.[ch]",
 ];
 
+/// Bounds of the results' sizes, in bytes: what is loaded and copied at every boot.
+const MAX_VMLINUX: u64 = 14 << 20;
+const MAX_BZIMAGE: u64 = 4 << 20;
+
 /// The guest kernel, built.
 #[derive(Debug, Clone)]
 pub struct KernelPaths {
@@ -179,6 +183,14 @@ fn build(folder: &Path, recipe: &Recipe, progress: &Progress) -> Result<()> {
         elf::pack(&linked).context("vmlinux")?,
     )?;
     fs::copy(tree.join("arch/x86/boot/bzImage"), folder.join("bzImage"))?;
+    for (name, most) in [("vmlinux", MAX_VMLINUX), ("bzImage", MAX_BZIMAGE)] {
+        let size = fs::metadata(folder.join(name))?.len();
+        if size > most {
+            bail!(
+                "{name} has {size} bytes, and must not have more than {most}: something large came into kernel.config"
+            );
+        }
+    }
     fs::write(folder.join("config"), config)?;
     fs::remove_dir_all(&tree)?;
     Ok(())
