@@ -11,14 +11,14 @@ use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
-use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::elf::start_info::{
     hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
-use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
+use linux_loader::loader::{BzImage, KernelLoader, KernelLoaderResult};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::arch::x86_64::layout;
+use crate::memory::file::{self, FilePart};
 use lepton_devices::Memory;
 
 const E820_RAM: u32 = 1;
@@ -109,16 +109,7 @@ pub fn load_kernel(memory: &Memory, image: &mut Image) -> Result<Entry, LoadErro
         .map_err(|e| fail(format!("cannot read its first 4 bytes: {e}")))?;
     let high = Some(GuestAddress(layout::HIGH_MEMORY));
     if magic == ELF_MAGIC {
-        let segments = elf::check(memory, &image.file).map_err(&fail)?;
-        let loaded =
-            Elf::load(memory, None, &mut image.file, high).map_err(|e| fail(e.to_string()))?;
-        let entry = elf_entry(&loaded);
-        return match entry {
-            Entry::Pvh { rip } if !segments.hold(rip) => Err(fail(format!(
-                "its PVH entry {rip:#x} is in none of its segments"
-            ))),
-            entry => Ok(entry),
-        };
+        return elf::load(memory, &image.file).map_err(fail);
     }
     let loaded =
         BzImage::load(memory, None, &mut image.file, high).map_err(|e| fail(e.to_string()))?;
@@ -154,16 +145,6 @@ fn check_bzimage(memory: &Memory, loaded: &KernelLoaderResult) -> Result<setup_h
     Ok(header)
 }
 
-fn elf_entry(loaded: &KernelLoaderResult) -> Entry {
-    match loaded.pvh_boot_cap {
-        PvhBootCapability::PvhEntryPresent(entry) => Entry::Pvh { rip: entry.0 },
-        _ => Entry::Linux64 {
-            rip: loaded.kernel_load.0,
-            header: None,
-        },
-    }
-}
-
 /// Loads an initrd at the top of the RAM below the hole, where every kernel accepts it.
 pub fn load_initrd(memory: &Memory, image: &mut Image) -> Result<Placed, LoadError> {
     let path = image.path.clone();
@@ -189,14 +170,12 @@ pub fn load_initrd(memory: &Memory, image: &mut Image) -> Result<Placed, LoadErr
         .map(|a| a & !0xfff)
         .filter(|a| *a >= layout::HIGH_MEMORY)
         .ok_or_else(|| fail(format!("{size} bytes do not fit into guest memory")))?;
-    let length = usize::try_from(size).map_err(|e| fail(e.to_string()))?;
-    image
-        .file
-        .seek(SeekFrom::Start(0))
-        .map_err(|e| fail(e.to_string()))?;
-    memory
-        .read_exact_volatile_from(GuestAddress(address), &mut image.file, length)
-        .map_err(|e| fail(e.to_string()))?;
+    let part = FilePart {
+        offset: 0,
+        length: size,
+        address,
+    };
+    file::load(memory, &image.file, part).map_err(|e| fail(e.to_string()))?;
     Ok(Placed { address, size })
 }
 

@@ -114,7 +114,9 @@ pub fn build(
         console,
     } = blueprint;
     let memory = memory::allocate(shape.memory, shape.huge_pages)?;
+    log::debug!("memory mapped");
     let vm = hypervisor.create_vm(&memory)?;
+    log::debug!("virtual machine made");
     let ioapic = Arc::new(IoApic::new(vm.msi_sink()));
     let devices_paused = Arc::new(DevicesPaused::default());
     let slots = Slots {
@@ -125,8 +127,11 @@ pub fn build(
     };
     let attached = attach_all(&slots, &devices)?;
     let places: Vec<_> = attached.iter().map(|a| a.place).collect();
+    log::debug!("{} devices attached", places.len());
     let entry = load(&memory, shape, boot, &device_arguments, &places)?;
+    log::debug!("kernel loaded");
     let vcpus = create_vcpus(hypervisor, &vm, shape, cpu, &entry)?;
+    log::debug!("{} vCPUs made", vcpus.len());
 
     let mut events = Vec::with_capacity(attached.len());
     let mut transports = Vec::with_capacity(attached.len());

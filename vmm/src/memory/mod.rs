@@ -1,6 +1,8 @@
 //! Guest memory: mapped, given to KVM, and handed to the devices.
 #![allow(unsafe_code)] // madvise on the mapping
 
+pub mod file;
+
 use std::sync::Arc;
 
 use lepton_api::types::HugePages;
