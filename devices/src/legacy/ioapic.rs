@@ -8,8 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::virtio::interrupt::IrqLine;
 
-/// Pins, and so the interrupt numbers a machine has. More than the chip's 24; the version register tells the guest.
-pub const PINS: usize = 64;
+/// Most pins, and so interrupt numbers, a machine has. More than the chip's 24; the version register tells the guest
+/// how many there are. A kernel reads and writes the registers of every pin at its start, each a trip to this
+/// process, so a machine gets no more than its devices need.
+pub const MAX_PINS: usize = 64;
 /// Guest physical address of the registers, where every PC has them.
 pub const BASE: u64 = 0xfec0_0000;
 /// Bytes of register space.
@@ -43,7 +45,7 @@ struct Pin {
 struct Registers {
     select: u32,
     id: u32,
-    pins: [Pin; PINS],
+    pins: Vec<Pin>,
 }
 
 /// The chip. Shared by the vCPUs, which set it up, and by every device that raises a line.
@@ -53,8 +55,8 @@ pub struct IoApic {
 }
 
 impl IoApic {
-    /// A chip in its reset state: every pin masked.
-    pub fn new(sink: Box<dyn MsiSink>) -> Self {
+    /// A chip with `pins` pins, 1 to [`MAX_PINS`], in its reset state: every pin masked.
+    pub fn new(sink: Box<dyn MsiSink>, pins: usize) -> Self {
         let masked = Pin {
             entry: MASKED,
             pending: false,
@@ -63,7 +65,7 @@ impl IoApic {
             registers: Mutex::new(Registers {
                 select: 0,
                 id: 0,
-                pins: [masked; PINS],
+                pins: vec![masked; pins.clamp(1, MAX_PINS)],
             }),
             sink,
         }
@@ -71,7 +73,7 @@ impl IoApic {
 
     /// The line into pin `pin` of `chip`; `None` if there is no such pin.
     pub fn line(chip: &Arc<IoApic>, pin: usize) -> Option<Arc<dyn IrqLine>> {
-        (pin < PINS).then(|| {
+        (pin < chip.lock().pins.len()).then(|| {
             Arc::new(Line {
                 chip: chip.clone(),
                 pin,
@@ -151,13 +153,14 @@ impl Registers {
     fn selected(&self) -> Option<(usize, bool)> {
         let offset = self.select.checked_sub(FIRST_ENTRY)?;
         let pin = usize::try_from(offset / 2).ok()?;
-        (pin < PINS).then_some((pin, offset % 2 == 1))
+        (pin < self.pins.len()).then_some((pin, offset % 2 == 1))
     }
 
     fn window(&self) -> u32 {
         match self.select {
             ID | ARBITRATION => self.id,
-            VERSION => CHIP_VERSION | (PINS as u32 - 1) << 16,
+            // At most MAX_PINS, and at least one.
+            VERSION => CHIP_VERSION | (self.pins.len() as u32 - 1) << 16,
             _ => match self.selected() {
                 Some((pin, true)) => (self.pins[pin].entry >> 32) as u32,
                 Some((pin, false)) => self.pins[pin].entry as u32,
@@ -217,7 +220,7 @@ mod tests {
     fn chip() -> (Arc<IoApic>, Sent) {
         let sent = Sent::default();
         (
-            Arc::new(IoApic::new(Box::new(Recorder(sent.clone())))),
+            Arc::new(IoApic::new(Box::new(Recorder(sent.clone())), 24)),
             sent,
         )
     }
@@ -258,7 +261,7 @@ mod tests {
     #[test]
     fn registers_read_back_and_out_of_range_is_harmless() {
         let (chip, _) = chip();
-        assert_eq!(get(&chip, VERSION), 0x003f_0011);
+        assert_eq!(get(&chip, VERSION), 0x0017_0011);
         set(&chip, ID, 0xffff_ffff);
         assert_eq!(get(&chip, ID), 0x0f00_0000);
         set(&chip, 0x10, 0xffff_ffff);
@@ -270,6 +273,6 @@ mod tests {
         let mut wide = [0xff; 8];
         chip.read(0x20, &mut wide);
         assert_eq!(wide, [0; 8]);
-        assert!(IoApic::line(&chip, PINS).is_none());
+        assert!(IoApic::line(&chip, 24).is_none());
     }
 }

@@ -230,12 +230,6 @@ impl Controller {
 
     /// Builds the machine and lets it run.
     fn start(&mut self, events: &mut Loop) -> Result<(), StartError> {
-        if !kvm::is_hardware_virtualized() {
-            log::warn!(
-                "this host's processor has neither SVM nor VMX for guests: KVM emulates the guest's kernel, and Linux \
-                 takes minutes to boot"
-            );
-        }
         let (console, room) = console_of(&self.configuration.serial)?;
         let shape = self.configuration.shape();
         let (boot, cpu, devices) = self.configuration.to_boot()?;
@@ -264,6 +258,13 @@ impl Controller {
             events.add_subscriber(Box::new(ConsoleInput::new(serial, room)));
         }
         self.phase = Phase::Running(built.machine.resume());
+        // Asked only now: CPUID is slow on a host that is itself a guest.
+        if !kvm::is_hardware_virtualized() {
+            log::warn!(
+                "this host's processor has neither SVM nor VMX for guests: KVM emulates the guest's kernel, and Linux \
+                 takes minutes to boot"
+            );
+        }
         Ok(())
     }
 

@@ -113,7 +113,7 @@ impl Hypervisor {
         let split = kvm_enable_cap {
             cap: KVM_CAP_SPLIT_IRQCHIP,
             // Room for the routes of an I/O APIC, should there ever be any.
-            args: [ioapic::PINS as u64, 0, 0, 0],
+            args: [ioapic::MAX_PINS as u64, 0, 0, 0],
             ..Default::default()
         };
         call("KVM_CAP_SPLIT_IRQCHIP", fd.enable_cap(&split))?;

@@ -19,6 +19,7 @@ use lepton_devices::Memory;
 const HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
 const CLASS_64: u8 = 2;
+const LITTLE_ENDIAN: u8 = 1;
 const MACHINE_X86_64: u16 = 62;
 const LOAD: u32 = 1;
 const NOTE: u32 = 4;
@@ -98,6 +99,9 @@ fn headers(file: &File) -> Result<(u64, Vec<ProgramHeader>), String> {
     let header: [u8; HEADER] = read(file, 0, "ELF header")?;
     if header[4] != CLASS_64 {
         return Err(format!("ELF class {} is not 64-bit", header[4]));
+    }
+    if header[5] != LITTLE_ENDIAN {
+        return Err(format!("ELF byte order {} is not little-endian", header[5]));
     }
     let machine = half(&header, 18);
     if machine != MACHINE_X86_64 {

@@ -14,7 +14,7 @@ use crate::events::{DeviceEvents, DevicesPaused};
 use crate::kvm::{KvmError, Vm};
 
 /// Most devices a machine has: as many as there are interrupts for them.
-pub const MAX_DEVICES: usize = ioapic::PINS - layout::VIRTIO_IRQ as usize;
+pub const MAX_DEVICES: usize = ioapic::MAX_PINS - layout::VIRTIO_IRQ as usize;
 
 /// Why a device found no place.
 #[derive(Debug, thiserror::Error)]

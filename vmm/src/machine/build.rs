@@ -117,7 +117,8 @@ pub fn build(
     log::debug!("memory mapped");
     let vm = hypervisor.create_vm(&memory)?;
     log::debug!("virtual machine made");
-    let ioapic = Arc::new(IoApic::new(vm.msi_sink()));
+    let pins = layout::VIRTIO_IRQ as usize + devices.len();
+    let ioapic = Arc::new(IoApic::new(vm.msi_sink(), pins));
     let devices_paused = Arc::new(DevicesPaused::default());
     let slots = Slots {
         vm: &vm,
@@ -199,7 +200,9 @@ fn load(
         Some(image) => Some(loader::load_initrd(memory, image)?),
         None => None,
     };
-    mptable::write(memory, shape.topology.vcpus)?;
+    // As many as there are lines; attaching has bounded the devices.
+    let pins = layout::VIRTIO_IRQ as u8 + places.len() as u8;
+    mptable::write(memory, shape.topology.vcpus, pins)?;
     let rsdp = acpi::write(memory, shape.topology.vcpus, places)?;
     let command_line = command_line(&boot.arguments, device_arguments, places);
     let info = BootInfo {

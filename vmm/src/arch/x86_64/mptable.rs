@@ -20,8 +20,8 @@ const NMI: u8 = 1;
 /// Room for the table.
 const CAPACITY: u64 = layout::MP_POINTER - layout::EBDA;
 
-/// The configuration table's bytes for `vcpus` processors.
-fn table(vcpus: u8) -> Vec<u8> {
+/// The configuration table's bytes for `vcpus` processors and an I/O APIC of `pins` pins.
+fn table(vcpus: u8, pins: u8) -> Vec<u8> {
     let io_apic_id = vcpus;
     let mut entries = Vec::new();
     let mut count: u16 = 0;
@@ -45,7 +45,7 @@ fn table(vcpus: u8) -> Vec<u8> {
         let [low, high] = flags.to_le_bytes();
         [entry, kind, low, high, 0, source, apic, pin]
     };
-    for pin in 0..ioapic::PINS as u8 {
+    for pin in 0..pins {
         add(&interrupt(3, INT, EDGE_ACTIVE_HIGH, pin, io_apic_id, pin));
     }
     add(&interrupt(4, EXT_INT, 0, 0, 0, 0));
@@ -82,8 +82,8 @@ fn checksum(bytes: &[u8]) -> u8 {
 }
 
 /// Writes the table and the pointer to it into the EBDA.
-pub fn write(memory: &Memory, vcpus: u8) -> Result<(), GuestMemoryError> {
-    let bytes = table(vcpus);
+pub fn write(memory: &Memory, vcpus: u8, pins: u8) -> Result<(), GuestMemoryError> {
+    let bytes = table(vcpus, pins);
     debug_assert!(bytes.len() as u64 <= CAPACITY);
     memory.write_slice(&bytes, GuestAddress(layout::EBDA))?;
     memory.write_slice(&pointer(layout::EBDA), GuestAddress(layout::MP_POINTER))
@@ -97,15 +97,15 @@ mod tests {
     fn checksums_lengths_and_room() {
         let sum = |b: &[u8]| b.iter().fold(0u8, |s, b| s.wrapping_add(*b));
         assert_eq!(sum(&pointer(layout::EBDA)), 0);
-        for vcpus in [1, 2, 32] {
-            let bytes = table(vcpus);
+        for (vcpus, pins) in [(1, 5), (2, 24), (32, ioapic::MAX_PINS as u8)] {
+            let bytes = table(vcpus, pins);
             assert_eq!(sum(&bytes), 0);
             let length = u16::from_le_bytes([bytes[4], bytes[5]]);
             assert_eq!(usize::from(length), bytes.len());
             let count = u16::from_le_bytes([bytes[34], bytes[35]]);
             assert_eq!(
                 usize::from(count),
-                usize::from(vcpus) + 2 + ioapic::PINS + 2
+                usize::from(vcpus) + 2 + usize::from(pins) + 2
             );
             assert!(bytes.len() as u64 <= CAPACITY, "{} bytes", bytes.len());
         }
