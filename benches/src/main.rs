@@ -27,8 +27,14 @@ struct Cli {
 enum Command {
     /// Start to API socket, start to first guest instruction, whole life; beside the bare KVM program.
     Start(Sides),
-    /// Memory of an idle machine with a drive and vsock, beyond the guest's own.
-    Weight(Sides),
+    /// Memory of an idle machine with a drive, vsock and, if a tap is named, an interface, beyond the guest's own.
+    Weight {
+        #[command(flatten)]
+        sides: Sides,
+        /// A tap that nobody uses.
+        #[arg(long)]
+        tap: Option<String>,
+    },
     /// Start to the first output of a Linux guest's init.
     Boot {
         #[command(flatten)]
@@ -72,7 +78,7 @@ impl Sides {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Start(sides) => vmm::start(&sides),
-        Command::Weight(sides) => weight::weight(&sides),
+        Command::Weight { sides, tap } => weight::weight(&sides, tap.as_deref()),
         Command::Boot { sides, linux } => boot::boot(&sides, &linux),
         Command::Floor { irqchip } => floor::run(irqchip).map_err(|e| e.to_string()),
     };

@@ -32,7 +32,7 @@ fn resident(pid: u32, memory_mib: u64) -> io::Result<u64> {
     Ok(sum)
 }
 
-fn measure(vmm: &Path, memory: u64) -> io::Result<u64> {
+fn measure(vmm: &Path, memory: u64, tap: Option<&str>) -> io::Result<u64> {
     let folder = TempDir::new()?;
     let kernel = Program::Idle.write(folder.path())?;
     let drive = folder.path().join("drive");
@@ -42,6 +42,9 @@ fn measure(vmm: &Path, memory: u64) -> io::Result<u64> {
         "drive_id": "a", "path_on_host": drive, "is_root_device": false, "is_read_only": false,
     }]);
     config["vsock"] = json!({"guest_cid": 3, "uds_path": folder.path().join("v.sock")});
+    if let Some(tap) = tap {
+        config["network-interfaces"] = json!([{"iface_id": "eth0", "host_dev_name": tap}]);
+    }
     let mut command = from_file(vmm, folder.path(), &config)?;
     let running = Running(command.stdout(Stdio::null()).spawn()?);
     // The machine runs once its vCPU thread burns or waits in KVM; the socket's existence comes before that, so wait
@@ -73,11 +76,11 @@ fn wait_for_vcpu(pid: u32) -> io::Result<()> {
 }
 
 /// Prints the weight of each side, the median of the rounds.
-pub fn weight(sides: &Sides) -> Result<(), String> {
+pub fn weight(sides: &Sides, tap: Option<&str>) -> Result<(), String> {
     for (side, vmm) in sides.list() {
         let mut all = Vec::new();
         for _ in 0..sides.rounds {
-            all.push(measure(&vmm, sides.memory).map_err(|e| format!("{side}: {e}"))?);
+            all.push(measure(&vmm, sides.memory, tap).map_err(|e| format!("{side}: {e}"))?);
         }
         all.sort();
         let median = all.get(all.len() / 2).copied().unwrap_or(0);
