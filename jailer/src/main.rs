@@ -3,6 +3,8 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    eprintln!("lepton-jailer: this version has no jailer; start lepton-vmm itself, confined by other means");
+    eprintln!(
+        "lepton-jailer: this version has no jailer; start lepton-vmm itself, confined by other means"
+    );
     ExitCode::FAILURE
 }

