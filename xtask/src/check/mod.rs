@@ -227,8 +227,8 @@ fn system_tests(
         in_lab.retain(|(name, _)| !name.starts_with(UNSTEADY));
         for _ in in_lab.len()..before {
             eprintln!(
-                "SKIPPED: {UNSTEADY}: in the lab, Debian's own kernel has a triple fault in two boots of five, before \
-                 its login; to run it: cargo xtask test {UNSTEADY}"
+                "SKIPPED: {UNSTEADY}: about half of the boots of Debian's own kernel in the lab end in a triple fault, or \
+                 with the lab; to run it: cargo xtask test {UNSTEADY}"
             );
             check(Ok(Counts {
                 skipped: 1,
