@@ -4,6 +4,7 @@
 //!   skipped, says so on a line that begins with `SKIPPED:`, and counts as ignored.
 //! - [`vmm`]: a `lepton-vmm` in a directory of its own, its API, its output, its end.
 //! - [`guest`]: kernels of a few instructions, made without an assembler. `native_*` tests run them on any KVM.
+//! - [`metal`]: programs for bare metal, from `tests/guests/`. `native_*` tests run them on any KVM, too.
 //! - [`linux`]: our Linux guest with its agent. `lab_*` tests run it, on a KVM with nested paging.
 //!
 //! Nothing sleeps to let something else happen: whoever waits, waits for an event, with a deadline.
@@ -13,6 +14,7 @@ pub mod capture;
 pub mod guest;
 pub mod host_socket;
 pub mod linux;
+pub mod metal;
 pub mod programs;
 pub mod suite;
 pub mod tap;

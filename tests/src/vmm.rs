@@ -300,6 +300,20 @@ impl Vmm {
         true
     }
 
+    /// The state of the thread of this name, as in `/proc/PID/stat`: `R`, `S`, ...
+    #[track_caller]
+    pub fn thread_state(&self, name: &str) -> char {
+        let path = format!("/proc/{}/task", self.pid());
+        let stat = fs::read_dir(path)
+            .expect("the VMM runs")
+            .filter_map(|entry| fs::read_to_string(entry.ok()?.path().join("stat")).ok())
+            .find_map(|stat| {
+                let (_, rest) = stat.split_once(&format!("({name}) "))?;
+                rest.chars().next()
+            });
+        stat.unwrap_or_else(|| panic!("there is no thread {name}"))
+    }
+
     /// The names of its threads, sorted. Threads that the kernel's KVM and io_uring put beside them are left out.
     pub fn threads(&self) -> Vec<String> {
         let path = format!("/proc/{}/task", self.pid());

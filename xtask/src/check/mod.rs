@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::guest::{self, DebianPaths};
+use crate::guest::{self, DebianPaths, MetalPaths};
 use crate::lab;
 use crate::programs::{self, Profile, cargo};
 use crate::progress::Progress;
@@ -74,7 +74,7 @@ pub fn run(fast: bool, release: bool, only: &[String]) -> Result<u8> {
         } else {
             Profile::Dev
         };
-        match Built::get(&progress, profile).and_then(|built| environment(&built)) {
+        match Built::get(&progress, profile).and_then(|built| environment(&progress, &built)) {
             Ok(mut environment) => {
                 // Without it, the tests that do not need it still tell something.
                 if only.iter().any(|word| UNSTEADY.contains(word.as_str())) {
@@ -98,6 +98,10 @@ fn formatting(progress: &Progress) -> Result<Counts> {
         "checking the format",
         cargo().args(["fmt", "--all", "--check"]),
     )?;
+    progress.run(
+        "checking the format of the bare-metal guests",
+        guest::metal_cargo().args(["fmt", "--check"]),
+    )?;
     Ok(Counts::one(true))
 }
 
@@ -112,6 +116,10 @@ fn lints(progress: &Progress) -> Result<Counts> {
             "--deny",
             "warnings",
         ]),
+    )?;
+    progress.run(
+        "checking the bare-metal guests for lints",
+        guest::metal_cargo().args(["clippy", "--release", "--", "--deny", "warnings"]),
     )?;
     Ok(Counts::one(true))
 }
@@ -172,7 +180,8 @@ fn counted(progress: &Progress, what: &str, command: &mut Command) -> Result<Cou
 }
 
 /// What the tests find the system under test by.
-fn environment(built: &Built) -> Result<Environment> {
+fn environment(progress: &Progress, built: &Built) -> Result<Environment> {
+    let MetalPaths { probe, adversary } = guest::metal(progress)?;
     Ok(BTreeMap::from([
         ("LEPTON_VMM", built.programs.path("lepton-vmm")?.into()),
         (
@@ -183,6 +192,8 @@ fn environment(built: &Built) -> Result<Environment> {
         ("LEPTON_KERNEL", built.kernel.vmlinux.clone()),
         ("LEPTON_BZIMAGE", built.kernel.bzimage.clone()),
         ("LEPTON_IMAGE", built.image.clone()),
+        ("LEPTON_PROBE", probe),
+        ("LEPTON_ADVERSARY", adversary),
     ]))
 }
 

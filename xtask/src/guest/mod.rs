@@ -1,11 +1,13 @@
-//! The guest: its kernel, its image, and Debian as a guest to test with.
+//! The guest: its kernel, its image, and what is there to test with: Debian, and programs for bare metal.
 //!
-//! All of it is made from `resources/guest/` and Debian's packages, and kept in the cache.
+//! The former are made from `resources/guest/` and Debian's packages, and kept in the cache; the latter are in
+//! `tests/guests/`, and built by cargo.
 
 mod debian;
 mod elf;
 mod image;
 mod kernel;
+mod metal;
 
 use std::path::PathBuf;
 
@@ -15,6 +17,7 @@ use clap::{Args, ValueEnum};
 pub use debian::{DebianPaths, debian};
 pub use image::image;
 pub use kernel::{KernelPaths, kernel};
+pub use metal::{MetalPaths, metal, metal_cargo};
 
 use crate::programs::{Profile, Programs, workspace};
 use crate::progress::Progress;
@@ -28,6 +31,8 @@ pub enum Part {
     Image,
     /// Debian's stock kernel with an initial RAM disk and a root drive, as the tests boot it
     Debian,
+    /// The bare-metal programs that measure and attack the VMM
+    Metal,
 }
 
 /// The arguments of `cargo xtask guest`.
@@ -66,6 +71,10 @@ pub fn run(arguments: GuestArgs) -> Result<u8> {
                     ("debian-initrd", debian.initrd),
                     ("debian-root", debian.root),
                 ]
+            }
+            Part::Metal => {
+                let metal = metal(&progress)?;
+                vec![("probe", metal.probe), ("adversary", metal.adversary)]
             }
         };
         for (name, path) in made {

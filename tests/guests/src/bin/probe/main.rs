@@ -1,0 +1,42 @@
+//! A guest that measures: one mode a life, chosen on the command line, with results on the serial port.
+//!
+//! A result is a line `PROBE {...}` of JSON. Times are ticks of the time stamp counter. After the last one the machine
+//! is reset.
+//!
+//! | `probe.mode=` | what it does | further arguments, each with `probe.` before it |
+//! |---|---|---|
+//! | `reset` | nothing | |
+//! | `idle` | says so, then stops the processor for good | |
+//! | `port_write`, `port_read`, `mmio_write`, `mmio_read`, `kick` | leaves the guest again and again | `count`, `port` |
+//! | `touch` | writes, then reads memory | `mib`, `stride` |
+//! | `blk_read`, `blk_write`, `blk_flush` | drives a drive | `drive`, `pattern=sequential\|random`, `qd`, `size`, `verify`, `seed` |
+//!
+//! All that repeat something do so `count` times, or for `seconds` (`tsc_khz` says how long a second is).
+//! `probe.find=acpi` finds the devices by ACPI even if the command line has them. `probe.event_idx=0` does without that feature, `probe.interrupts=1` asks for interrupts that nobody takes.
+//!
+//! It runs unchanged in other VMMs that boot an ELF file with the PVH entry: Firecracker, and QEMU by
+//! `qemu-system-x86_64 -M microvm,accel=kvm -cpu host -m 128 -nodefaults -nographic -no-reboot -serial stdio -global
+//! virtio-mmio.force-legacy=false -kernel probe -append probe.mode=... -drive id=d,file=d.img,format=raw,if=none -device
+//! virtio-blk-device,drive=d`.
+#![no_std]
+#![no_main]
+mod blk;
+mod exits;
+mod report;
+mod touch;
+use guest::{arguments, boot, program, say};
+program!(main);
+fn main() {
+    let mode = arguments::text("mode").unwrap_or("reset");
+    match mode {
+        "reset" => {}
+        "idle" => {
+            say!("PROBE {{\"mode\":\"idle\"}}");
+            boot::halt()
+        }
+        "port_write" | "port_read" | "mmio_write" | "mmio_read" | "kick" => exits::run(mode),
+        "touch" => touch::run(),
+        "blk_read" | "blk_write" | "blk_flush" => blk::run(mode),
+        _ => report::refuse("there is no such mode"),
+    }
+}

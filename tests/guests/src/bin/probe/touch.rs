@@ -1,0 +1,58 @@
+//! Touching memory: what the host has to do when it is touched first, and after that.
+
+use guest::memory::{self, Region};
+use guest::statistics::Times;
+use guest::time::ticks;
+use guest::{arguments, say};
+
+use crate::report::{Run, refuse};
+
+pub fn run() {
+    let stride = arguments::number("stride", 4096);
+    if stride < 8 {
+        refuse("stride is less than 8");
+    }
+    let available: u64 = memory::everything_left().map(Region::len).sum();
+    let wanted = match arguments::number("mib", 0) {
+        0 => available,
+        mib => mib.saturating_mul(1 << 20),
+    };
+    if wanted > available {
+        say!("PROBE {{\"available\":{available}}}");
+        refuse("the machine has not as much memory");
+    }
+    pass("touch_write", wanted, stride, |region, offset| {
+        region.put(offset, region.address() + offset);
+        0
+    });
+    pass("touch_read", wanted, stride, |region, offset| {
+        u64::from(region.get::<u64>(offset) != region.address() + offset)
+    });
+}
+
+fn pass(mode: &str, wanted: u64, stride: u64, mut touch: impl FnMut(Region, u64) -> u64) {
+    let mut times = Times::new();
+    let (mut errors, mut left) = (0, wanted);
+    let start = ticks();
+    let mut before = start;
+    for region in memory::everything_left() {
+        let region = region.part(0, region.len().min(left));
+        left -= region.len();
+        let mut offset = 0;
+        while offset + 8 <= region.len() {
+            errors += touch(region, offset);
+            let now = ticks();
+            times.add(now - before);
+            before = now;
+            offset += stride;
+        }
+    }
+    let run = Run {
+        mode,
+        ticks: before - start,
+        bytes: wanted,
+        errors,
+        times: &times,
+    };
+    run.tell(format_args!(",\"stride\":{stride}"));
+}

@@ -1,0 +1,13 @@
+//! Drivers of virtio-mmio devices (VIRTIO 1.3).
+
+pub mod block;
+pub mod find;
+pub mod mmio;
+pub mod queue;
+
+/// `VIRTIO_F_INDIRECT_DESC`.
+pub const INDIRECT_DESC: u64 = 1 << 28;
+/// `VIRTIO_F_EVENT_IDX`.
+pub const EVENT_IDX: u64 = 1 << 29;
+/// `VIRTIO_F_VERSION_1`.
+pub const VERSION_1: u64 = 1 << 32;

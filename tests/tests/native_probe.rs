@@ -1,0 +1,216 @@
+//! The measuring guest: each of its modes does what it says, checked from the host.
+
+use std::fs;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use lepton_tests::metal::{Metal, results};
+use lepton_tests::suite::{self, Need, Order};
+use lepton_tests::{PATIENCE, test};
+use serde_json::{Value, json};
+
+fn main() -> ExitCode {
+    suite::run(
+        Order::Together,
+        &[Need::Kvm, Need::File("LEPTON_PROBE")],
+        [
+            test!(it_boots_by_both_protocols),
+            test!(it_leaves_the_guest_as_often_as_it_is_told),
+            test!(it_touches_all_memory),
+            test!(what_it_writes_is_on_the_drive),
+            test!(what_is_on_the_drive_it_reads),
+            test!(it_finds_devices_by_acpi),
+            test!(it_flushes),
+            test!(an_idle_processor_sleeps),
+            test!(bad_arguments_are_told),
+        ],
+    )
+}
+
+#[track_caller]
+fn probe(arguments: &str) -> Metal {
+    Metal::new("LEPTON_PROBE", arguments)
+}
+
+/// Runs it, and returns all it tells.
+#[track_caller]
+fn told(probe: Metal) -> Vec<Value> {
+    let ended = probe.run();
+    let results = results("PROBE ", &ended.text());
+    assert!(!results.is_empty(), "{}", ended.text());
+    results
+}
+
+/// The only thing it tells, which is not of errors.
+#[track_caller]
+fn result(probe: Metal) -> Value {
+    let mut results = told(probe);
+    assert_eq!(results.len(), 1, "{results:?}");
+    assert_eq!(results[0]["errors"], 0, "{results:?}");
+    results.remove(0)
+}
+
+/// What a drive has that was filled with the pattern: 64-bit words that depend on their place.
+fn pattern(seed: u64, bytes: usize) -> Vec<u8> {
+    (0..bytes as u64 / 8)
+        .flat_map(|word| {
+            let word = word.wrapping_add(seed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            word.to_le_bytes()
+        })
+        .collect()
+}
+
+fn it_boots_by_both_protocols() {
+    let arguments = "probe.mode=port_write probe.count=3";
+    assert_eq!(result(probe(arguments))["ops"], 3);
+    assert_eq!(result(probe(arguments).by_linux64())["ops"], 3);
+    // Nothing said is a reset.
+    assert_eq!(results("PROBE ", &probe("").run().text()), [] as [Value; 0]);
+}
+
+fn it_leaves_the_guest_as_often_as_it_is_told() {
+    for mode in ["port_write", "port_read", "mmio_write", "mmio_read", "kick"] {
+        let mut probe = probe(&format!("probe.mode={mode} probe.count=100"));
+        probe.drive("d", "Sync", &[0; 512]);
+        let result = result(probe);
+        assert_eq!(
+            (&result["mode"], &result["ops"]),
+            (&json!(mode), &json!(100))
+        );
+        let number = |name: &str| result[name].as_u64().expect("a number");
+        assert!(
+            number("min") > 0 && number("min") <= number("p50"),
+            "{result}"
+        );
+        assert!(
+            number("p99") <= number("max") && number("max") <= number("ticks"),
+            "{result}"
+        );
+    }
+}
+
+fn it_touches_all_memory() {
+    // More than fits below the hole for devices, with a page of it in 64 touched.
+    let more = probe("probe.mode=touch probe.stride=262144")
+        .with(|config| config["machine-config"]["mem_size_mib"] = json!(3200));
+    let results = told(more);
+    assert_eq!(results.len(), 2, "{results:?}");
+    for (result, mode) in results.iter().zip(["touch_write", "touch_read"]) {
+        assert_eq!(
+            (&result["mode"], &result["errors"]),
+            (&json!(mode), &json!(0))
+        );
+        let bytes = result["bytes"].as_u64().expect("a number");
+        assert!(bytes > 3190 << 20 && bytes < 3200 << 20, "{result}");
+        let pages = result["ops"].as_u64().expect("a number");
+        assert!(pages >= bytes >> 18, "{result}");
+    }
+}
+
+fn what_it_writes_is_on_the_drive() {
+    const SIZE: usize = 4 << 20;
+    for (engine, depth, size) in [("Sync", 1, 512), ("Async", 32, 4096), ("Sync", 7, 1 << 20)] {
+        let count = SIZE / size;
+        let mut probe = probe(&format!(
+            "probe.mode=blk_write probe.verify=1 probe.seed=99 probe.qd={depth} probe.size={size} probe.count={count}"
+        ));
+        let drive = probe.drive("d", engine, &[0; SIZE]);
+        let ended = probe.run();
+        let results = results("PROBE ", &ended.text());
+        assert_eq!(results.len(), 1, "{}", ended.text());
+        assert_eq!(results[0]["errors"], 0);
+        assert_eq!(results[0]["bytes"], SIZE);
+        let written = fs::read(drive).expect("the drive's file");
+        assert!(
+            written == pattern(99, SIZE),
+            "{engine}, {depth} at once, {size} bytes"
+        );
+    }
+}
+
+fn what_is_on_the_drive_it_reads() {
+    const SIZE: usize = 4 << 20;
+    for (engine, depth, size, order) in [
+        ("Sync", 1, 512, "random"),
+        ("Sync", 128, 4096, "random"),
+        ("Async", 128, 4096, "random"),
+        ("Async", 4, 1 << 20, "sequential"),
+    ] {
+        for plain in ["", "probe.event_idx=0", "probe.interrupts=1"] {
+            let arguments = format!(
+                "probe.mode=blk_read probe.verify=1 probe.seed=7 probe.pattern={order} probe.qd={depth} \
+                 probe.size={size} probe.count=300 {plain}"
+            );
+            let mut probe = probe(&arguments).with(|config| {
+                config["machine-config"]["mem_size_mib"] = json!(256);
+            });
+            probe.drive("d", engine, &pattern(7, SIZE));
+            let result = result(probe);
+            assert_eq!(
+                (&result["ops"], &result["qd"]),
+                (&json!(300), &json!(depth))
+            );
+        }
+    }
+    // The check can fail: one byte is different.
+    let mut content = pattern(7, 4096);
+    content[4000] ^= 1;
+    let mut probe = probe("probe.mode=blk_read probe.verify=1 probe.seed=7 probe.count=1");
+    probe.drive("d", "Sync", &content);
+    assert_eq!(told(probe)[0]["errors"], 1);
+}
+
+fn it_finds_devices_by_acpi() {
+    for second in [0, 1] {
+        let mut probe = probe(&format!(
+            "probe.mode=blk_read probe.verify=1 probe.count=1 probe.find=acpi probe.drive={second} probe.seed={second}"
+        ));
+        for drive in [0, 1] {
+            probe.drive(&format!("d{drive}"), "Sync", &pattern(drive, 4096));
+        }
+        assert_eq!(result(probe)["ops"], 1);
+    }
+}
+
+fn it_flushes() {
+    let mut probe = probe("probe.mode=blk_flush probe.verify=1 probe.count=20");
+    let drive = probe.drive("d", "Async", &[0; 40960]);
+    let ended = probe.run();
+    let results = results("PROBE ", &ended.text());
+    assert_eq!(
+        (&results[0]["errors"], &results[0]["bytes"]),
+        (&json!(0), &json!(40960))
+    );
+    assert!(fs::read(drive).expect("the drive's file") == pattern(0, 40960));
+}
+
+fn an_idle_processor_sleeps() {
+    let vmm = probe("probe.mode=idle").start();
+    vmm.stdout.wait_for("PROBE {\"mode\":\"idle\"}");
+    let deadline = Instant::now() + PATIENCE;
+    while vmm.thread_state("vcpu 0") != 'S' {
+        assert!(Instant::now() < deadline, "the processor does not sleep");
+    }
+    vmm.terminate();
+}
+
+fn bad_arguments_are_told() {
+    for (arguments, error) in [
+        ("probe.mode=dance", "there is no such mode"),
+        ("probe.mode=blk_read", "there is no such drive"),
+        ("probe.mode=mmio_read", "the machine has no device"),
+        (
+            "probe.mode=touch probe.mib=1000",
+            "the machine has not as much memory",
+        ),
+    ] {
+        let results = told(probe(arguments));
+        assert_eq!(
+            results.last().expect("a result")["error"],
+            error,
+            "{arguments}"
+        );
+    }
+    let text = probe("probe.mode=port_write probe.count=many").run().text();
+    assert!(text.contains("PANIC count: many is not a number"), "{text}");
+}
