@@ -25,6 +25,20 @@ impl Tap {
         tap
     }
 
+    /// Tells the host who has `address` behind the tap, so that it need not ask.
+    #[track_caller]
+    pub fn neighbour(&self, address: &str, mac: &str) {
+        ip(&[
+            "neigh",
+            "replace",
+            address,
+            "lladdr",
+            mac,
+            "dev",
+            self.name(),
+        ]);
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name

@@ -3,7 +3,9 @@
 pub mod block;
 pub mod find;
 pub mod mmio;
+pub mod net;
 pub mod queue;
+pub mod vsock;
 
 /// `VIRTIO_F_INDIRECT_DESC`.
 pub const INDIRECT_DESC: u64 = 1 << 28;

@@ -10,22 +10,33 @@
 //! | `port_write`, `port_read`, `mmio_write`, `mmio_read`, `kick` | leaves the guest again and again | `count`, `port` |
 //! | `touch` | writes, then reads memory | `mib`, `stride` |
 //! | `blk_read`, `blk_write`, `blk_flush` | drives a drive | `drive`, `pattern=sequential\|random`, `qd`, `size`, `verify`, `seed` |
+//! | `net_tx` | sends UDP frames, or TCP frames to be cut into segments | `interface`, `size`, `qd`, `ip`, `port`, `peer`, `peer_port`, `peer_mac`, `offload` |
+//! | `net_rx`, `net_echo` | counts UDP frames to `port`, or sends them back | as above; a first 64-bit word of all ones ends it |
+//! | `vsock_tx`, `vsock_rx`, `vsock_echo` | streams to and from the host | `port`, `connections`, `listen`, `size`, `verify` |
 //!
 //! All that repeat something do so `count` times, or for `seconds` (`tsc_khz` says how long a second is).
-//! `probe.find=acpi` finds the devices by ACPI even if the command line has them. `probe.event_idx=0` does without that feature, `probe.interrupts=1` asks for interrupts that nobody takes.
+//! `probe.find=acpi` finds the devices by ACPI even if the command line has them. `probe.event_idx=0` does without
+//! that feature, `probe.interrupts=1` asks for interrupts that nobody takes.
 //!
 //! It runs unchanged in other VMMs that boot an ELF file with the PVH entry: Firecracker, and QEMU by
 //! `qemu-system-x86_64 -M microvm,accel=kvm -cpu host -m 128 -nodefaults -nographic -no-reboot -serial stdio -global
 //! virtio-mmio.force-legacy=false -kernel probe -append probe.mode=... -drive id=d,file=d.img,format=raw,if=none -device
 //! virtio-blk-device,drive=d`.
+
 #![no_std]
 #![no_main]
+
 mod blk;
 mod exits;
+mod net;
 mod report;
 mod touch;
+mod vsock;
+
 use guest::{arguments, boot, program, say};
+
 program!(main);
+
 fn main() {
     let mode = arguments::text("mode").unwrap_or("reset");
     match mode {
@@ -37,6 +48,8 @@ fn main() {
         "port_write" | "port_read" | "mmio_write" | "mmio_read" | "kick" => exits::run(mode),
         "touch" => touch::run(),
         "blk_read" | "blk_write" | "blk_flush" => blk::run(mode),
+        "net_tx" | "net_rx" | "net_echo" => net::run(mode),
+        "vsock_tx" | "vsock_rx" | "vsock_echo" => vsock::run(mode),
         _ => report::refuse("there is no such mode"),
     }
 }
