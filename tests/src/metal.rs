@@ -99,3 +99,13 @@ pub fn results(mark: &str, output: &str) -> Vec<Value> {
         })
         .collect()
 }
+
+/// What a drive has that the guests filled with their pattern, or expect it on: 64-bit words that depend on their place.
+pub fn pattern(seed: u64, bytes: usize) -> Vec<u8> {
+    (0..bytes as u64 / 8)
+        .flat_map(|word| {
+            let word = word.wrapping_add(seed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            word.to_le_bytes()
+        })
+        .collect()
+}

@@ -300,6 +300,15 @@ impl Vmm {
         true
     }
 
+    /// The most KiB that were resident at any time, guest memory included. None: it has ended.
+    pub fn peak_memory(&self) -> Option<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).ok()?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:"))?;
+        line.trim().strip_suffix(" kB")?.parse().ok()
+    }
+
     /// The state of the thread of this name, as in `/proc/PID/stat`: `R`, `S`, ...
     #[track_caller]
     pub fn thread_state(&self, name: &str) -> char {

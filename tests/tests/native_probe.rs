@@ -4,7 +4,7 @@ use std::fs;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use lepton_tests::metal::{Metal, results};
+use lepton_tests::metal::{Metal, pattern, results};
 use lepton_tests::suite::{self, Need, Order};
 use lepton_tests::{PATIENCE, test};
 use serde_json::{Value, json};
@@ -48,16 +48,6 @@ fn result(probe: Metal) -> Value {
     assert_eq!(results.len(), 1, "{results:?}");
     assert_eq!(results[0]["errors"], 0, "{results:?}");
     results.remove(0)
-}
-
-/// What a drive has that was filled with the pattern: 64-bit words that depend on their place.
-fn pattern(seed: u64, bytes: usize) -> Vec<u8> {
-    (0..bytes as u64 / 8)
-        .flat_map(|word| {
-            let word = word.wrapping_add(seed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            word.to_le_bytes()
-        })
-        .collect()
 }
 
 fn it_boots_by_both_protocols() {

@@ -15,6 +15,7 @@ use crate::lab::{self, Lab, Place, Share, Streams};
 use crate::programs::Profile;
 use crate::progress::Progress;
 use crate::run::{self, Choice};
+use crate::selftest::{self, SelftestArguments};
 
 /// Builds, runs and tests lepton.
 #[derive(Debug, Parser)]
@@ -44,6 +45,9 @@ enum Command {
 
     /// Build the guest, or a part of it, and say where it is.
     Guest(guest::GuestArgs),
+
+    /// Attack the VMM from inside a guest on this machine, and say whether it held.
+    Selftest(SelftestArguments),
 
     /// Say what this machine can do, and how to mend what it lacks.
     Doctor,
@@ -154,6 +158,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         Command::Test(arguments) => check::run(arguments.fast, arguments.release, &arguments.only),
         Command::Lab(arguments) => run_lab(arguments),
         Command::Guest(arguments) => guest::run(arguments),
+        Command::Selftest(arguments) => selftest::run(&arguments),
         Command::Doctor => doctor::run(),
     }
 }

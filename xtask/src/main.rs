@@ -11,6 +11,7 @@ mod packages;
 mod programs;
 mod progress;
 mod run;
+mod selftest;
 mod terminal;
 
 use std::process::ExitCode;

@@ -147,6 +147,31 @@ pub(crate) fn give(start: u64, end: u64) {
     ARENA.end.set(end);
 }
 
+/// Takes the last `len` bytes: right behind them, memory ends.
+///
+/// # Panics
+/// If there are not as many.
+pub fn take_last(len: u64) -> Region {
+    let start = ARENA.end.get().saturating_sub(len);
+    assert!(
+        start >= ARENA.next.get(),
+        "{len} bytes of memory are not there"
+    );
+    ARENA.end.set(start);
+    Region {
+        address: start,
+        len,
+    }
+}
+
+/// Lets `what` take memory, and takes all of it back when it has ended. No region may survive in a device.
+pub fn scope<T>(what: impl FnOnce() -> T) -> T {
+    let next = ARENA.next.get();
+    let result = what();
+    ARENA.next.set(next);
+    result
+}
+
 /// Bytes that can still be taken, without regard to alignment.
 pub fn left() -> u64 {
     ARENA.end.get().saturating_sub(ARENA.next.get())

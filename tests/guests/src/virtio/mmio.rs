@@ -85,6 +85,42 @@ impl Mmio {
         value
     }
 
+    /// Reads 16 bits.
+    pub fn read16(self, offset: u64) -> u16 {
+        let value;
+        // SAFETY: as in `read`.
+        unsafe { asm!("mov {:x}, [{}]", out(reg) value, in(reg) self.0 + offset, options(nostack)) }
+        value
+    }
+
+    /// Reads 64 bits.
+    pub fn read64(self, offset: u64) -> u64 {
+        let value;
+        // SAFETY: as in `read`.
+        unsafe { asm!("mov {}, [{}]", out(reg) value, in(reg) self.0 + offset, options(nostack)) }
+        value
+    }
+
+    /// Writes 8 bits.
+    pub fn write8(self, offset: u64, value: u8) {
+        // SAFETY: as in `write`.
+        unsafe {
+            asm!("mov [{}], {}", in(reg) self.0 + offset, in(reg_byte) value, options(nostack))
+        }
+    }
+
+    /// Writes 16 bits.
+    pub fn write16(self, offset: u64, value: u16) {
+        // SAFETY: as in `write`.
+        unsafe { asm!("mov [{}], {:x}", in(reg) self.0 + offset, in(reg) value, options(nostack)) }
+    }
+
+    /// Writes 64 bits.
+    pub fn write64(self, offset: u64, value: u64) {
+        // SAFETY: as in `write`.
+        unsafe { asm!("mov [{}], {}", in(reg) self.0 + offset, in(reg) value, options(nostack)) }
+    }
+
     /// Reads 64 bits of the configuration, in two halves.
     pub fn config64(self, offset: u64) -> u64 {
         let low = self.read(register::CONFIG + offset);
