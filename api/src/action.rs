@@ -4,7 +4,8 @@ use serde::Serialize;
 
 use crate::types::{
     BootSource, CpuConfig, Drive, DrivePatch, Logger, MachineConfig, MachineConfigPatch,
-    MetricsTarget, NetworkInterface, NetworkInterfacePatch, Serial, VmStateChange, Vsock,
+    MetricsTarget, NetworkInterface, NetworkInterfacePatch, Serial, SnapshotCreate, SnapshotLoad,
+    VmStateChange, Vsock,
 };
 
 /// Everything that can be asked of a VMM through its API or its configuration file.
@@ -32,15 +33,34 @@ pub enum Action {
     PutSerial(Serial),
     PatchVm(VmStateChange),
     PutVsock(Vsock),
+    CreateSnapshot(SnapshotCreate),
+    LoadSnapshot(SnapshotLoad),
 }
 
 impl Action {
+    /// Whether it sets something of a machine that is not started yet. A saved machine can be loaded before any of
+    /// these, not after.
+    pub fn sets_machine(&self) -> bool {
+        matches!(
+            self,
+            Self::PutBootSource(_)
+                | Self::PutCpuConfig(_)
+                | Self::PutDrive(_)
+                | Self::PutMachineConfig(_)
+                | Self::PatchMachineConfig(_)
+                | Self::PutNetworkInterface(_)
+                | Self::PutVsock(_)
+        )
+    }
+
     /// The deprecated field the request uses, if any. The server then says so in a `Deprecation` header.
     pub fn deprecated_field(&self) -> Option<&'static str> {
         match self {
             Self::PutMachineConfig(config) => config.cpu_template.map(|_| "cpu_template"),
             Self::PatchMachineConfig(patch) => patch.cpu_template.map(|_| "cpu_template"),
             Self::PutVsock(vsock) => vsock.vsock_id.as_ref().map(|_| "vsock_id"),
+            Self::LoadSnapshot(load) if load.mem_file_path.is_some() => Some("mem_file_path"),
+            Self::LoadSnapshot(load) if load.enable_diff_snapshots => Some("enable_diff_snapshots"),
             _ => None,
         }
     }

@@ -7,7 +7,7 @@ use crate::json;
 use crate::types::{
     ActionType, BootSource, CpuConfig, Drive, DrivePatch, InstanceAction, Logger, MachineConfig,
     MachineConfigPatch, MetricsTarget, NetworkInterface, NetworkInterfacePatch, Serial,
-    VmStateChange, Vsock,
+    SnapshotCreate, SnapshotLoad, VmStateChange, Vsock,
 };
 
 /// The methods served.
@@ -82,7 +82,7 @@ const fn patch(pattern: &'static str, schema: &'static str, parse: Parse) -> Rou
 use Parse::{Body, BodyWithId};
 
 /// Every request that is served.
-pub static ROUTES: [Route; 19] = [
+pub static ROUTES: [Route; 21] = [
     get("/", || Action::GetInstanceInfo),
     get("/version", || Action::GetVersion),
     get("/machine-config", || Action::GetMachineConfig),
@@ -140,6 +140,12 @@ pub static ROUTES: [Route; 19] = [
         "SerialDevice",
         Body(|body| read::<Serial>(body).map(Action::PutSerial)),
     ),
+    put(
+        "/snapshot/create",
+        "SnapshotCreateParams",
+        Body(|body| read::<SnapshotCreate>(body).map(Action::CreateSnapshot)),
+    ),
+    put("/snapshot/load", "SnapshotLoadParams", Body(load_snapshot)),
     patch(
         "/vm",
         "Vm",
@@ -153,7 +159,7 @@ pub static ROUTES: [Route; 19] = [
 ];
 
 /// First part of a path of the specification that is not served, and why. The sentence follows "This VMM offers no ".
-pub static NOT_OFFERED: [(&str, &str); 6] = [
+pub static NOT_OFFERED: [(&str, &str); 5] = [
     (
         "balloon",
         "balloon: block, network and vsock are its only devices, by design, and guest memory is given back by the host's own means",
@@ -173,10 +179,6 @@ pub static NOT_OFFERED: [(&str, &str); 6] = [
     (
         "pmem",
         "pmem: block, network and vsock are its only devices, by design; use a read-only drive",
-    ),
-    (
-        "snapshot",
-        "snapshots: saving and loading a machine is not part of this version",
     ),
 ];
 
@@ -308,6 +310,21 @@ fn patch_network_interface(id: &str, body: &[u8]) -> Result<Action, Fault> {
     let patch: NetworkInterfacePatch = read(body)?;
     same_id(id, &patch.iface_id)?;
     Ok(Action::PatchNetworkInterface(patch))
+}
+
+/// Memory comes from one place, whichever field names it.
+fn load_snapshot(body: &[u8]) -> Result<Action, Fault> {
+    let load: SnapshotLoad = read(body)?;
+    let wrong = match (&load.mem_backend, &load.mem_file_path) {
+        (Some(_), Some(_)) => {
+            "too many fields: either `mem_backend` or `mem_file_path` exclusively is required"
+        }
+        (None, None) => "missing field: either `mem_backend` or `mem_file_path` is required",
+        _ => return Ok(Action::LoadSnapshot(load)),
+    };
+    Err(Fault::bad_request(format!(
+        "An error occurred when deserializing the json body of a request: {wrong}."
+    )))
 }
 
 fn patch_machine_config(body: &[u8]) -> Result<Action, Fault> {

@@ -231,6 +231,10 @@ fn request_types() -> Vec<Checked> {
     let register = json!({"register": "eax", "bitmap": "0b".to_owned() + &"x".repeat(32)});
     let leaf = json!({"leaf": "0x1", "subleaf": "0x2", "flags": 1, "modifiers": [register]});
     let msr = json!({"addr": "0x10", "bitmap": "0b".to_owned() + &"1".repeat(64)});
+    let backend = json!({"backend_path": "/m", "backend_type": "Uffd", "verify": false});
+    let tap = json!({"iface_id": "a", "host_dev_name": "tap0"});
+    let socket = json!({"uds_path": "/v"});
+    let image = json!({"drive_id": "a", "path_on_host": "/d"});
     vec![
         checked::<BootSource>(
             "BootSource",
@@ -291,6 +295,22 @@ fn request_types() -> Vec<Checked> {
             "Vsock",
             json!({"vsock_id": "v", "guest_cid": 3, "uds_path": "/v"}),
         ),
+        checked::<SnapshotCreate>(
+            "SnapshotCreateParams",
+            json!({"snapshot_type": "Diff", "snapshot_path": "/s", "mem_file_path": "/m"}),
+        ),
+        checked::<SnapshotLoad>(
+            "SnapshotLoadParams",
+            json!({
+                "snapshot_path": "/s", "mem_file_path": "/m", "mem_backend": backend, "enable_diff_snapshots": true,
+                "track_dirty_pages": true, "resume_vm": true, "network_overrides": [tap], "vsock_override": socket,
+                "drive_overrides": [image], "clock_realtime": true, "huge_pages": "2M",
+            }),
+        ),
+        checked::<MemoryBackend>("MemoryBackend", backend.clone()),
+        checked::<NetworkOverride>("NetworkOverride", tap.clone()),
+        checked::<VsockOverride>("VsockOverride", socket.clone()),
+        checked::<DriveOverride>("DriveOverride", image.clone()),
         checked::<InstanceAction>(
             "InstanceActionInfo",
             json!({"action_type": "InstanceStart"}),
@@ -413,7 +433,14 @@ fn replies_have_the_described_fields() {
 
 #[test]
 fn each_sample_reaches_its_action() {
-    for Checked { name, sample, .. } in request_types() {
+    for Checked {
+        name, mut sample, ..
+    } in request_types()
+    {
+        // Either of both, not both.
+        if sample.get("mem_backend").is_some() {
+            sample.as_object_mut().unwrap().remove("mem_file_path");
+        }
         for row in ROUTES.iter().filter(|row| row.schema == Some(name)) {
             let path = row
                 .pattern
@@ -454,5 +481,7 @@ fn written(action: &Action) -> Value {
         Action::PutSerial(body) => json!(body),
         Action::PatchVm(body) => json!(body),
         Action::PutVsock(body) => json!(body),
+        Action::CreateSnapshot(body) => json!(body),
+        Action::LoadSnapshot(body) => json!(body),
     }
 }

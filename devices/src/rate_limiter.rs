@@ -7,7 +7,10 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
+
+use crate::virtio::state::RestoreError;
 
 /// Shortest time the timer is armed for. With a high rate one wake-up then serves many operations; no token is lost
 /// by it, because the shortest refill time is 1 ms.
@@ -22,6 +25,30 @@ pub struct BucketConfig {
     pub one_time_burst: u64,
     /// Milliseconds from empty to full.
     pub refill_time_ms: u64,
+}
+
+/// A bucket as saved: see [`TokenBucket`] for the units.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BucketState {
+    /// Tokens of the full bucket.
+    pub size: u64,
+    /// Nanoseconds from empty to full.
+    pub refill_ns: u64,
+    /// One-time tokens that are left.
+    pub burst: u64,
+    /// One-time tokens that there were.
+    pub initial_burst: u64,
+    /// Units that it lacks to be full.
+    pub missing: u128,
+}
+
+/// A limiter as saved.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct RateLimiterState {
+    /// Limit on bytes.
+    pub bandwidth: Option<BucketState>,
+    /// Limit on operations.
+    pub ops: Option<BucketState>,
 }
 
 /// Limits of one direction of one device. The default limits nothing.
@@ -104,6 +131,52 @@ impl TokenBucket {
         self.missing = self.missing.saturating_sub(units);
         let surplus = u64::try_from(surplus).unwrap_or(u64::MAX);
         self.burst = self.burst.saturating_add(surplus).min(self.initial_burst);
+    }
+
+    /// The bucket at `now_ns`, to be saved.
+    fn save(&self, now_ns: u64) -> BucketState {
+        let mut now = self.clone();
+        now.refill(now_ns);
+        let TokenBucket {
+            size,
+            refill_ns,
+            burst,
+            initial_burst,
+            missing,
+            updated_ns: _,
+        } = now;
+        BucketState {
+            size,
+            refill_ns,
+            burst,
+            initial_burst,
+            missing,
+        }
+    }
+
+    fn load(state: &BucketState, now_ns: u64) -> Result<Self, RestoreError> {
+        let BucketState {
+            size,
+            refill_ns,
+            burst,
+            initial_burst,
+            missing,
+        } = *state;
+        let invalid = |what, value| Err(RestoreError::Value { what, value });
+        if size == 0 || refill_ns == 0 {
+            return invalid("rate limiter of size or refill time", 0);
+        }
+        if burst > initial_burst {
+            return invalid("rate limiter burst", burst);
+        }
+        Ok(TokenBucket {
+            size,
+            refill_ns,
+            burst,
+            initial_burst,
+            missing,
+            updated_ns: now_ns,
+        })
     }
 
     fn capacity(&self) -> u128 {
@@ -204,6 +277,37 @@ impl RateLimiter {
         if self.blocked {
             self.arm(Duration::from_nanos(1));
         }
+    }
+
+    /// Its buckets now, to be saved.
+    pub fn save(&self) -> RateLimiterState {
+        let RateLimiter {
+            bandwidth,
+            ops,
+            start: _,
+            timer: _,
+            // What was refused is tried again after a load.
+            blocked: _,
+        } = self;
+        let now = self.now_ns();
+        let bucket = |bucket: &Option<TokenBucket>| bucket.as_ref().map(|b| b.save(now));
+        RateLimiterState {
+            bandwidth: bucket(bandwidth),
+            ops: bucket(ops),
+        }
+    }
+
+    /// Takes what [`RateLimiter::save`] gave, in place of its own buckets. No time has passed in between.
+    pub fn load(&mut self, state: &RateLimiterState) -> Result<(), RestoreError> {
+        let RateLimiterState { bandwidth, ops } = state;
+        let now = self.now_ns();
+        let bucket = |saved: &Option<BucketState>| match saved {
+            Some(saved) => TokenBucket::load(saved, now).map(Some),
+            None => Ok(None),
+        };
+        (self.bandwidth, self.ops) = (bucket(bandwidth)?, bucket(ops)?);
+        self.blocked = false;
+        Ok(())
     }
 
     /// Arming also clears an expiry that nobody read.

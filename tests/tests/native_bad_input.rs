@@ -140,7 +140,12 @@ const CASES: &[Case] = &[
     ("PUT", "/mmds/config", r#"{"network_interfaces":[]}"#, "metadata"),
     ("PUT", "/pmem/p", r#"{"id":"p","path_on_host":"x"}"#, "pmem"),
     ("PUT", "/hotplug/memory", r#"{"total_size_mib":1}"#, "hotplug"),
-    ("PUT", "/snapshot/create", r#"{"snapshot_path":"a","mem_file_path":"b"}"#, "snapshot"),
+    // Snapshots: too early, or of what is not there.
+    ("PUT", "/snapshot/create", r#"{"snapshot_path":"a","mem_file_path":"b"}"#, "before starting"),
+    ("PUT", "/snapshot/create", r#"{"snapshot_path":"a"}"#, "mem_file_path"),
+    ("PUT", "/snapshot/load", r#"{"snapshot_path":"a"}"#, "mem_backend"),
+    ("PUT", "/snapshot/load", r#"{"snapshot_path":"a","mem_file_path":"b","mem_backend":{"backend_path":"b","backend_type":"File"}}"#, "mem_backend"),
+    ("PUT", "/snapshot/load", r#"{"snapshot_path":"a","mem_backend":{"backend_path":"b","backend_type":"Ram"}}"#, "Ram"),
     ("PUT", "/no-such-thing", r#"{}"#, "/no-such-thing"),
     ("DELETE", "/drives/d", "", "DELETE"),
     ("POST", "/actions", r#"{"action_type":"InstanceStart"}"#, "POST"),

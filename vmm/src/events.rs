@@ -77,6 +77,11 @@ impl DeviceEvents {
         self.again.try_clone()
     }
 
+    /// Lets the next waking look at everything: the device was restored, and what had come before is not known.
+    pub fn expect_everything(&mut self) {
+        self.missed = true;
+    }
+
     fn everything(&self) -> Vec<Work> {
         let queues = (0..self.kicks.len()).map(Work::Queue);
         let sources = (0..self.sources.len()).map(Work::Source);

@@ -17,4 +17,5 @@ pub mod machine;
 pub mod memory;
 pub mod metrics;
 pub mod signal;
+pub mod snapshot;
 pub mod vcpu;

@@ -194,7 +194,11 @@ impl From<&Action> for Counted {
             Action::GetInstanceInfo => Counted::InstanceInfo,
             Action::GetVersion => Counted::Version,
             Action::GetMachineConfig => Counted::GetMachine,
-            Action::GetVmConfig | Action::GetMetrics | Action::PatchVm(_) => Counted::Nothing,
+            Action::GetVmConfig
+            | Action::GetMetrics
+            | Action::PatchVm(_)
+            | Action::CreateSnapshot(_)
+            | Action::LoadSnapshot(_) => Counted::Nothing,
             Action::InstanceStart | Action::SendCtrlAltDel | Action::FlushMetrics => {
                 Counted::Actions
             }

@@ -145,8 +145,6 @@ fn what_is_not_offered_says_why() {
         "/mmds",
         "/mmds/config",
         "/pmem/a",
-        "/snapshot/create",
-        "/snapshot/load",
     ] {
         for (method, body) in [("GET", ""), ("PUT", "{}"), ("PATCH", "{}")] {
             let message = fault(method, target, body);

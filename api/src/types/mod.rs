@@ -8,6 +8,7 @@ mod cpu;
 mod device;
 mod instance;
 mod machine;
+mod snapshot;
 mod telemetry;
 
 pub use cpu::{
@@ -22,6 +23,10 @@ pub use instance::{
     ActionType, InstanceAction, InstanceInfo, InstanceState, Version, VmState, VmStateChange,
 };
 pub use machine::{BootSource, CpuTemplate, HugePages, MachineConfig, MachineConfigPatch};
+pub use snapshot::{
+    DriveOverride, LoadHugePages, MemoryBackend, MemoryBackendType, NetworkOverride,
+    SnapshotCreate, SnapshotLoad, SnapshotType, VsockOverride,
+};
 pub use telemetry::{LogLevel, Logger, MetricsTarget};
 
 /// Serde glue for a type whose wire form is one JSON string: `Display` writes it, `FromStr` reads it.

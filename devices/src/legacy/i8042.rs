@@ -6,9 +6,11 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use serde::{Deserialize, Serialize};
 use vm_superio::{I8042Device, Trigger};
 
 use crate::virtio::interrupt::IrqLine;
+use crate::virtio::state::RestoreError;
 
 counters! {
     /// What the guest did with the keyboard controller.
@@ -57,6 +59,19 @@ pub enum PortWrite {
     Reset,
 }
 
+/// The controller as saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct I8042State {
+    /// Command byte.
+    pub config: u8,
+    /// Output port.
+    pub output_port: u8,
+    /// The command that waits for its argument.
+    pub awaiting: Option<u8>,
+    /// Bytes that the guest has not read.
+    pub output: Vec<u8>,
+}
+
 #[derive(Clone, Default)]
 struct ResetLine(Arc<AtomicBool>);
 
@@ -101,6 +116,54 @@ impl I8042 {
     /// Counters.
     pub fn metrics(&self) -> Arc<I8042Metrics> {
         self.metrics.clone()
+    }
+
+    /// The controller now, to be saved.
+    pub fn save(&self) -> I8042State {
+        let I8042 {
+            // A reset ends the machine: none is pending.
+            reset: _,
+            reset_line: _,
+            interrupt: _,
+            config,
+            output_port,
+            awaiting,
+            output,
+            // Counted by each process for itself.
+            metrics: _,
+        } = self;
+        I8042State {
+            config: *config,
+            output_port: *output_port,
+            awaiting: *awaiting,
+            output: output.iter().copied().collect(),
+        }
+    }
+
+    /// Takes what [`I8042::save`] gave.
+    pub fn load(&mut self, state: &I8042State) -> Result<(), RestoreError> {
+        let I8042State {
+            config,
+            output_port,
+            awaiting,
+            output,
+        } = state;
+        if output.len() > CAPACITY {
+            return Err(RestoreError::Value {
+                what: "number of keyboard bytes",
+                value: output.len() as u64,
+            });
+        }
+        if let Some(command) = awaiting.filter(|c| ![WRITE_CONFIG, WRITE_OUTPUT].contains(c)) {
+            return Err(RestoreError::Value {
+                what: "keyboard command",
+                value: u64::from(command),
+            });
+        }
+        (self.config, self.output_port, self.awaiting) = (*config, *output_port, *awaiting);
+        self.output = VecDeque::with_capacity(CAPACITY);
+        self.output.extend(output);
+        Ok(())
     }
 
     /// Presses Ctrl-Alt-Del. False: the guest has not read earlier keys, and nothing was pressed.

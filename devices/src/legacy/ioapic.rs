@@ -6,7 +6,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use crate::virtio::interrupt::IrqLine;
+use crate::virtio::state::RestoreError;
 
 /// Most pins, and so interrupt numbers, a machine has. More than the chip's 24; the version register tells the guest
 /// how many there are. A kernel reads and writes the registers of every pin at its start, each a trip to this
@@ -25,6 +28,7 @@ const ARBITRATION: u32 = 0x02;
 const FIRST_ENTRY: u32 = 0x10;
 const CHIP_VERSION: u32 = 0x11;
 
+const ID_BITS: u32 = 0x0f00_0000;
 const MASKED: u64 = 1 << 16;
 /// Delivery status and remote IRR are read-only.
 const READ_ONLY: u64 = 1 << 12 | 1 << 14;
@@ -33,6 +37,26 @@ const READ_ONLY: u64 = 1 << 12 | 1 << 14;
 pub trait MsiSink: Send + Sync {
     /// Sends one message.
     fn send(&self, address: u64, data: u32);
+}
+
+/// A pin as saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PinState {
+    /// Redirection entry.
+    pub entry: u64,
+    /// An edge waits for the unmasking.
+    pub pending: bool,
+}
+
+/// The chip as saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoApicState {
+    /// The register that the window shows.
+    pub select: u32,
+    /// ID register.
+    pub id: u32,
+    /// One per pin.
+    pub pins: Vec<PinState>,
 }
 
 #[derive(Clone, Copy)]
@@ -132,6 +156,48 @@ impl IoApic {
         }
     }
 
+    /// The chip now, to be saved.
+    pub fn save(&self) -> IoApicState {
+        let registers = self.lock();
+        let Registers { select, id, pins } = &*registers;
+        let pins = pins
+            .iter()
+            .map(|&Pin { entry, pending }| PinState { entry, pending });
+        IoApicState {
+            select: *select,
+            id: *id,
+            pins: pins.collect(),
+        }
+    }
+
+    /// Takes what [`IoApic::save`] of a chip with as many pins gave.
+    pub fn load(&self, state: &IoApicState) -> Result<(), RestoreError> {
+        let IoApicState { select, id, pins } = state;
+        let mut registers = self.lock();
+        let invalid = |what, value| Err(RestoreError::Value { what, value });
+        if pins.len() != registers.pins.len() {
+            return invalid("number of I/O APIC pins", pins.len() as u64);
+        }
+        if *select > 0xff {
+            return invalid("I/O APIC register", u64::from(*select));
+        }
+        if id & !ID_BITS != 0 {
+            return invalid("I/O APIC ID", u64::from(*id));
+        }
+        if let Some(pin) = pins.iter().find(|pin| pin.entry & READ_ONLY != 0) {
+            return invalid("I/O APIC redirection entry", pin.entry);
+        }
+        let pins = pins
+            .iter()
+            .map(|&PinState { entry, pending }| Pin { entry, pending });
+        *registers = Registers {
+            select: *select,
+            id: *id,
+            pins: pins.collect(),
+        };
+        Ok(())
+    }
+
     /// Puts a redirection entry on the wire (Intel SDM 3A, 11.11.1 and 11.11.2).
     fn deliver(&self, entry: u64) {
         let destination = entry >> 56 & 0xff;
@@ -173,7 +239,7 @@ impl Registers {
     /// the pin was masked, and this write unmasks it.
     fn set_window(&mut self, value: u32) -> Option<u64> {
         if self.select == ID {
-            self.id = value & 0x0f00_0000;
+            self.id = value & ID_BITS;
             return None;
         }
         let (pin, upper) = self.selected()?;

@@ -4,13 +4,15 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Instant;
 
-use vm_superio::Serial;
+use serde::{Deserialize, Serialize};
 use vm_superio::serial::{Error, SerialEvents};
+use vm_superio::{Serial, SerialState};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::LineTrigger;
 use crate::rate_limiter::{BucketConfig, TokenBucket};
 use crate::virtio::interrupt::IrqLine;
+use crate::virtio::state::RestoreError;
 
 counters! {
     /// What went over the console.
@@ -69,22 +71,45 @@ impl Write for LimitedOutput {
     }
 }
 
-/// The port.
-pub struct SerialPort {
-    chip: Serial<LineTrigger, RoomEvent, Box<dyn Write + Send>>,
-    metrics: Arc<SerialMetrics>,
+/// The port as saved: the registers of a 16550A, and what the guest has not read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct SerialPortState {
+    pub baud_divisor_low: u8,
+    pub baud_divisor_high: u8,
+    pub interrupt_enable: u8,
+    pub interrupt_identification: u8,
+    pub line_control: u8,
+    pub line_status: u8,
+    pub modem_control: u8,
+    pub modem_status: u8,
+    pub scratch: u8,
+    pub input: Vec<u8>,
 }
 
-impl SerialPort {
-    /// A port that interrupts by `line` and writes to `out`. `room` fires whenever the guest has emptied the receive
-    /// buffer. Output beyond `limit` bytes is dropped.
-    pub fn new(
-        line: Arc<dyn IrqLine>,
-        out: Box<dyn Write + Send>,
-        limit: Option<BucketConfig>,
-        room: Option<EventFd>,
-    ) -> Self {
-        let metrics = Arc::<SerialMetrics>::default();
+/// Where a port's bytes go, and what tells that it takes more.
+pub struct Wiring {
+    /// Its interrupt.
+    pub line: Arc<dyn IrqLine>,
+    /// Its output.
+    pub out: Box<dyn Write + Send>,
+    /// Output beyond this is dropped.
+    pub limit: Option<BucketConfig>,
+    /// Fires whenever the guest has emptied the receive buffer.
+    pub room: Option<EventFd>,
+}
+
+impl Wiring {
+    fn connect(
+        self,
+        metrics: &Arc<SerialMetrics>,
+    ) -> (LineTrigger, RoomEvent, Box<dyn Write + Send>) {
+        let Wiring {
+            line,
+            out,
+            limit,
+            room,
+        } = self;
         let out = match limit.and_then(|limit| TokenBucket::new(limit, 0)) {
             Some(bucket) => Box::new(LimitedOutput {
                 out,
@@ -94,9 +119,88 @@ impl SerialPort {
             }),
             None => out,
         };
+        (LineTrigger(line), RoomEvent(room), out)
+    }
+}
+
+/// The port.
+pub struct SerialPort {
+    chip: Serial<LineTrigger, RoomEvent, Box<dyn Write + Send>>,
+    metrics: Arc<SerialMetrics>,
+}
+
+impl SerialPort {
+    /// A port in its reset state.
+    pub fn new(wiring: Wiring) -> Self {
+        let metrics = Arc::<SerialMetrics>::default();
+        let (line, room, out) = wiring.connect(&metrics);
         SerialPort {
-            chip: Serial::with_events(LineTrigger(line), RoomEvent(room), out),
+            chip: Serial::with_events(line, room, out),
             metrics,
+        }
+    }
+
+    /// A port as [`SerialPort::save`] gave it. Its output's limit begins anew.
+    pub fn restored(state: &SerialPortState, wiring: Wiring) -> Result<Self, RestoreError> {
+        let SerialPortState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            input,
+        } = state;
+        let state = SerialState {
+            baud_divisor_low: *baud_divisor_low,
+            baud_divisor_high: *baud_divisor_high,
+            interrupt_enable: *interrupt_enable,
+            interrupt_identification: *interrupt_identification,
+            line_control: *line_control,
+            line_status: *line_status,
+            modem_control: *modem_control,
+            modem_status: *modem_status,
+            scratch: *scratch,
+            in_buffer: input.clone(),
+        };
+        let metrics = Arc::<SerialMetrics>::default();
+        let (line, room, out) = wiring.connect(&metrics);
+        let chip =
+            Serial::from_state(&state, line, room, out).map_err(|_| RestoreError::Value {
+                what: "number of serial input bytes",
+                value: input.len() as u64,
+            })?;
+        Ok(SerialPort { chip, metrics })
+    }
+
+    /// The port now, to be saved.
+    pub fn save(&self) -> SerialPortState {
+        let SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer,
+        } = self.chip.state();
+        SerialPortState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            input: in_buffer,
         }
     }
 
@@ -172,12 +276,12 @@ mod tests {
     fn output_input_and_room() {
         let (edges, sink) = (Arc::new(Edges::default()), Sink::default());
         let room = EventFd::new(libc_nonblock()).unwrap();
-        let mut port = SerialPort::new(
-            edges.clone(),
-            Box::new(sink.clone()),
-            None,
-            Some(room.try_clone().unwrap()),
-        );
+        let mut port = SerialPort::new(Wiring {
+            line: edges.clone(),
+            out: Box::new(sink.clone()),
+            limit: None,
+            room: Some(room.try_clone().unwrap()),
+        });
         for byte in b"hi" {
             port.write(0, *byte);
         }
@@ -208,7 +312,12 @@ mod tests {
             refill_time_ms: 3_600_000,
         };
         let line = Arc::new(Edges::default());
-        let mut port = SerialPort::new(line, Box::new(sink.clone()), Some(limit), None);
+        let mut port = SerialPort::new(Wiring {
+            line,
+            out: Box::new(sink.clone()),
+            limit: Some(limit),
+            room: None,
+        });
         for byte in 0..40 {
             port.write(0, byte);
         }
@@ -229,7 +338,12 @@ mod tests {
 
     #[test]
     fn a_reader_that_is_gone_is_counted_and_no_more() {
-        let mut port = SerialPort::new(Arc::new(Edges::default()), Box::new(Broken), None, None);
+        let mut port = SerialPort::new(Wiring {
+            line: Arc::new(Edges::default()),
+            out: Box::new(Broken),
+            limit: None,
+            room: None,
+        });
         port.write(0, b'x');
         assert_eq!(port.metrics().error_count.get(), 1);
     }

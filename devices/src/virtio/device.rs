@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use super::interrupt::Interrupt;
 use super::queue::{QueueError, VirtQueue};
+use super::state::{DeviceState, QueuePosition, RestoreError};
 use crate::Memory;
 
 /// The device types offered, with their device IDs (VIRTIO 1.3, 5).
@@ -109,4 +110,15 @@ pub trait VirtioDevice: Send {
     /// Finishes in-flight I/O and puts its completions in the used rings, so that the rings and memory say all
     /// there is to say. Called with the vCPUs stopped, before a pause is reported.
     fn quiesce(&mut self) -> Result<(), DeviceError>;
+
+    /// What it is besides its registers and queues, to be saved. Called after [`VirtioDevice::quiesce`].
+    fn save(&self) -> DeviceState;
+
+    /// Where it is in each of its queues, in the order of their indices; none while it is inactive. Called after
+    /// [`VirtioDevice::quiesce`].
+    fn positions(&self) -> Option<Vec<QueuePosition>>;
+
+    /// Takes what [`VirtioDevice::save`] gave, perhaps on another host. The device is inactive; if the saved one was
+    /// active, [`VirtioDevice::activate`] follows with the queues where they were.
+    fn load(&mut self, state: &DeviceState) -> Result<(), RestoreError>;
 }

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use super::state::{InterruptState, RestoreError};
+
 /// InterruptStatus bit 0: a used buffer was added.
 pub const USED_BUFFER: u32 = 1;
 /// InterruptStatus bit 1: the configuration changed.
@@ -75,6 +77,41 @@ impl Interrupt {
         if self.status() != 0 {
             self.line.raise();
         }
+    }
+
+    /// What is pending, to be saved.
+    pub fn save(&self) -> InterruptState {
+        let Interrupt {
+            status,
+            config_generation,
+            needs_reset,
+            line: _,
+        } = self;
+        InterruptState {
+            status: status.load(Ordering::SeqCst),
+            config_generation: config_generation.load(Ordering::SeqCst),
+            needs_reset: needs_reset.load(Ordering::SeqCst),
+        }
+    }
+
+    /// Takes what [`Interrupt::save`] gave. Raises nothing: see [`Interrupt::replay`].
+    pub fn load(&self, state: &InterruptState) -> Result<(), RestoreError> {
+        let InterruptState {
+            status,
+            config_generation,
+            needs_reset,
+        } = *state;
+        if status & !(USED_BUFFER | CONFIG_CHANGE) != 0 {
+            return Err(RestoreError::Value {
+                what: "interrupt status",
+                value: u64::from(status),
+            });
+        }
+        self.status.store(status, Ordering::SeqCst);
+        self.config_generation
+            .store(config_generation, Ordering::SeqCst);
+        self.needs_reset.store(needs_reset, Ordering::SeqCst);
+        Ok(())
     }
 
     /// Device reset: nothing is pending, nothing is broken.

@@ -5,6 +5,7 @@ pub mod device;
 pub mod interrupt;
 pub mod net;
 pub mod queue;
+pub mod state;
 #[cfg(test)]
 pub mod testing;
 pub mod transport;

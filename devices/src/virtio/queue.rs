@@ -15,6 +15,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::device::{DeviceError, Progress};
 use super::interrupt::Interrupt;
+use super::state::QueuePosition;
 use crate::Memory;
 
 /// What the driver did wrong with a queue.
@@ -267,9 +268,22 @@ impl VirtQueue {
         &self.memory
     }
 
-    /// The ring's own state, to be saved.
-    pub fn state(&self) -> virtio_queue::QueueState {
-        self.queue.state()
+    /// How far the device has come, to be saved. No chain is in flight then.
+    pub fn position(&self) -> QueuePosition {
+        let VirtQueue {
+            queue,
+            index: _,
+            memory: _,
+            interrupt: _,
+            // A device at rest has completed or put back what it took.
+            in_flight: _,
+            // Every pass ends with a signal.
+            signalled: _,
+        } = self;
+        QueuePosition {
+            next_avail: queue.next_avail(),
+            next_used: queue.next_used(),
+        }
     }
 
     /// Wraps an error with this queue's number.

@@ -80,6 +80,21 @@ impl Program {
         Self::new(&[0xe6, 0x80, 0xeb, 0xfc])
     }
 
+    /// Counts in a register and in memory at 0x600, and sends both numbers, 4 bytes each, each time. For
+    /// [`Entry::Pvh`].
+    pub fn count() -> Self {
+        Self::new(&[
+            // xor ebx, ebx; mov dx, 0x3f8
+            0x31, 0xdb, 0x66, 0xba, 0xf8, 0x03, //
+            // again: inc ebx; inc dword [0x600]
+            0xff, 0xc3, 0xff, 0x05, 0x00, 0x06, 0x00, 0x00, //
+            // mov eax, ebx; out dx, eax
+            0x89, 0xd8, 0xef, //
+            // mov eax, [0x600]; out dx, eax; jmp again
+            0xa1, 0x00, 0x06, 0x00, 0x00, 0xef, 0xeb, 0xed,
+        ])
+    }
+
     /// Halts with interrupts off.
     pub fn halt() -> Self {
         // hlt; jmp back

@@ -3,6 +3,7 @@
 
 pub mod cpu;
 pub mod devices;
+pub mod saved;
 
 use std::path::{Path, PathBuf};
 
@@ -157,6 +158,8 @@ pub struct Configuration {
     pub serial: SerialSettings,
     /// Drives, interfaces, vsock.
     pub devices: Devices,
+    /// Something of the machine was set. The console is none of it: a machine that is loaded needs one too.
+    touched: bool,
 }
 
 impl Configuration {
@@ -170,7 +173,18 @@ impl Configuration {
             cpu: CpuTemplate::default(),
             serial: SerialSettings::default(),
             devices: Devices::default(),
+            touched: false,
         })
+    }
+
+    /// Says that a request has set something of the machine.
+    pub fn touch(&mut self) {
+        self.touched = true;
+    }
+
+    /// Whether a request has set something of the machine.
+    pub fn is_touched(&self) -> bool {
+        self.touched
     }
 
     /// PUT /boot-source. On error what was there before stays.

@@ -19,7 +19,8 @@ use crate::console::{self, ConsoleInput, RawTerminal};
 use crate::events::Loop;
 use crate::exit::ExitCode;
 use crate::kvm::{self, Hypervisor};
-use crate::machine::build::{self, Blueprint, BuildError, Console, Surroundings};
+use crate::machine::Paused;
+use crate::machine::build::{self, Blueprint, BuildError, Built, Console, Surroundings};
 use crate::metrics::{Counted, Groups, Metrics, OPEN_METRICS};
 use crate::vcpu::Stop;
 
@@ -53,13 +54,13 @@ pub struct Controller {
     options: Options,
     mailbox: Mailbox,
     /// Dropped before the configuration: a machine uses its devices.
-    phase: Phase,
-    configuration: Configuration,
+    pub(super) phase: Phase,
+    pub(super) configuration: Configuration,
     metrics: Metrics,
     terminal: Option<RawTerminal>,
 }
 
-fn refused(error: impl std::fmt::Display) -> Fault {
+pub(super) fn refused(error: impl std::fmt::Display) -> Fault {
     Fault::bad_request(error.to_string())
 }
 
@@ -136,14 +137,25 @@ impl Controller {
             log::warn!("a request uses the deprecated field {field}");
             self.metrics.api.count_deprecated();
         }
-        let result = policy::allow(self.phase.stage(), &action)
+        let sets_machine = action.sets_machine();
+        let result = policy::allow(self.stage(), &action)
             .map_err(refused)
             .and_then(|()| self.act(action, events));
+        if sets_machine && result.is_ok() {
+            self.configuration.touch();
+        }
         if let Err(fault) = &result {
             log::warn!("request refused: {}", fault.message);
         }
         self.metrics.api.count(counted, result.is_err());
         result
+    }
+
+    fn stage(&self) -> Stage {
+        match self.phase.stage() {
+            Stage::Configuring if !self.configuration.is_touched() => Stage::Fresh,
+            stage => stage,
+        }
     }
 
     fn act(&mut self, action: Action, events: &mut Loop) -> Result<Reply, Fault> {
@@ -206,6 +218,8 @@ impl Controller {
             Action::PutSerial(serial) => {
                 configuration.set_serial(serial).map(done).map_err(refused)
             }
+            Action::CreateSnapshot(request) => self.create_snapshot(&request).map(done),
+            Action::LoadSnapshot(request) => self.load_snapshot(&request, events).map(done),
             Action::PatchVm(change) => self.change_state(change.state).map(done),
             Action::PutVsock(vsock) => configuration
                 .devices
@@ -219,7 +233,7 @@ impl Controller {
         InstanceInfo {
             id: self.options.id.clone(),
             state: match self.phase.stage() {
-                Stage::Configuring => InstanceState::NotStarted,
+                Stage::Fresh | Stage::Configuring => InstanceState::NotStarted,
                 Stage::Running => InstanceState::Running,
                 Stage::Paused => InstanceState::Paused,
             },
@@ -243,21 +257,10 @@ impl Controller {
             console,
         };
         let mailbox = self.mailbox.clone();
-        let around = Surroundings {
-            stopped: Arc::new(move |stop| mailbox.send(Message::Stopped(stop))),
-            confine_vcpu: self.options.confine_vcpu.clone(),
-            boot_timer: self.options.boot_timer,
-        };
+        let around = surroundings(&self.options, mailbox);
         let built = build::build(&hypervisor, blueprint, around)?;
-        for device in built.events {
-            events.add_subscriber(Box::new(device));
-        }
-        if let Some(room) = room {
-            self.terminal = RawTerminal::enter();
-            let serial = built.machine.machine().bus().serial.clone();
-            events.add_subscriber(Box::new(ConsoleInput::new(serial, room)));
-        }
-        self.phase = Phase::Running(built.machine.resume());
+        let paused = self.adopt(built, room, events);
+        self.phase = Phase::Running(paused.resume());
         // Asked only now: CPUID is slow on a host that is itself a guest.
         if !kvm::is_hardware_virtualized() {
             log::warn!(
@@ -266,6 +269,29 @@ impl Controller {
             );
         }
         Ok(())
+    }
+
+    /// What surrounds a machine of this process.
+    pub(super) fn surroundings(&self) -> Surroundings {
+        surroundings(&self.options, self.mailbox.clone())
+    }
+
+    /// Connects a new machine to the event loop and to the terminal.
+    pub(super) fn adopt(
+        &mut self,
+        built: Built,
+        room: Option<EventFd>,
+        events: &mut Loop,
+    ) -> Paused {
+        for device in built.events {
+            events.add_subscriber(Box::new(device));
+        }
+        if let Some(room) = room {
+            self.terminal = RawTerminal::enter();
+            let serial = built.machine.machine().bus().serial.clone();
+            events.add_subscriber(Box::new(ConsoleInput::new(serial, room)));
+        }
+        built.machine
     }
 
     fn ctrl_alt_del(&mut self) -> Result<(), Fault> {
@@ -357,8 +383,16 @@ fn configure_log(logger: &Logger) -> Result<(), Fault> {
     crate::log::configure(logger).map_err(|e| refused(format!("log_path {e}")))
 }
 
+fn surroundings(options: &Options, mailbox: Mailbox) -> Surroundings {
+    Surroundings {
+        stopped: Arc::new(move |stop| mailbox.send(Message::Stopped(stop))),
+        confine_vcpu: options.confine_vcpu.clone(),
+        boot_timer: options.boot_timer,
+    }
+}
+
 /// The console, and for one on the standard streams what fires when it has room for input.
-fn console_of(settings: &SerialSettings) -> io::Result<(Console, Option<EventFd>)> {
+pub(super) fn console_of(settings: &SerialSettings) -> io::Result<(Console, Option<EventFd>)> {
     let mut console = Console {
         out: console::output(settings.path.as_deref())?,
         limit: settings.limit,

@@ -4,6 +4,7 @@ mod dispatch;
 mod mailbox;
 mod phase;
 mod policy;
+mod snapshot;
 
 pub use self::dispatch::{Controller, Next, Options};
 pub use self::mailbox::{Inbox, Mailbox, Message, mailbox};

@@ -5,6 +5,8 @@ use lepton_api::Action;
 /// The phases of a machine, as far as they decide what is allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
+    /// Not started, and nothing of the machine set.
+    Fresh,
     /// Not started.
     Configuring,
     /// Started, vCPUs running.
@@ -13,7 +15,7 @@ pub enum Stage {
     Paused,
 }
 
-/// Why an action is not allowed now. The first two texts are Firecracker's.
+/// Why an action is not allowed now. All texts but the last are Firecracker's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Denied {
     /// Too early.
@@ -22,12 +24,20 @@ pub enum Denied {
     /// Too late.
     #[error("The requested operation is not supported after starting the microVM.")]
     AfterStart,
+    /// A machine is loaded into nothing.
+    #[error(
+        "Load snapshot error: Loading a microVM snapshot not allowed after configuring boot-specific resources."
+    )]
+    Configured,
+    /// A machine that runs has no state to be saved.
+    #[error("Create snapshot error: the microVM runs: PATCH /vm with the state Paused first.")]
+    NotPaused,
 }
 
 /// Whether `action` is allowed in `stage`.
 pub fn allow(stage: Stage, action: &Action) -> Result<(), Denied> {
     use Action::*;
-    let started = stage != Stage::Configuring;
+    let started = !matches!(stage, Stage::Fresh | Stage::Configuring);
     match action {
         GetInstanceInfo | GetVersion | GetMachineConfig | GetVmConfig | GetMetrics => Ok(()),
         InstanceStart
@@ -54,6 +64,16 @@ pub fn allow(stage: Stage, action: &Action) -> Result<(), Denied> {
                 Err(Denied::BeforeStart)
             }
         }
+        CreateSnapshot(_) => match stage {
+            Stage::Fresh | Stage::Configuring => Err(Denied::BeforeStart),
+            Stage::Running => Err(Denied::NotPaused),
+            Stage::Paused => Ok(()),
+        },
+        LoadSnapshot(_) => match stage {
+            Stage::Fresh => Ok(()),
+            Stage::Configuring => Err(Denied::Configured),
+            Stage::Running | Stage::Paused => Err(Denied::AfterStart),
+        },
     }
 }
 

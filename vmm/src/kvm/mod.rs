@@ -4,17 +4,19 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_msi,
-    kvm_userspace_memory_region,
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES, kvm_clock_data,
+    kvm_enable_cap, kvm_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use lepton_devices::Memory;
 use lepton_devices::legacy::ioapic::{self, MsiSink};
 use lepton_devices::virtio::transport::mmio::QUEUE_NOTIFY;
+use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::layout;
+use crate::vcpu::state::Saveable;
 
 const API_VERSION: i32 = 12;
 
@@ -90,6 +92,24 @@ impl Hypervisor {
             > 0
     }
 
+    /// What KVM can save of a vCPU. Costs a call to the host's kernel: not for the way of a load.
+    pub fn saveable(&self) -> Result<Saveable, KvmError> {
+        let msrs = call("KVM_GET_MSR_INDEX_LIST", self.kvm.get_msr_index_list())?;
+        Ok(Saveable {
+            msrs: msrs.as_slice().to_vec(),
+            ..self.restorable()
+        })
+    }
+
+    /// The same without the list of MSRs, which a load does not need.
+    pub fn restorable(&self) -> Saveable {
+        let xsave = self.kvm.check_extension_int(Cap::Xsave2);
+        Saveable {
+            msrs: Vec::new(),
+            xsave: usize::try_from(xsave).unwrap_or(0),
+        }
+    }
+
     /// Makes a machine with this memory and a local APIC for each vCPU to come.
     ///
     /// The order matters: once there is an interrupt controller, each memory slot costs a grace period of the host
@@ -141,10 +161,40 @@ impl Vm {
         )
     }
 
+    /// The machine's kvm-clock. No vCPU may run.
+    pub fn clock(&self) -> Result<ClockState, KvmError> {
+        let clock = call("KVM_GET_CLOCK", self.fd.get_clock())?;
+        Ok(ClockState {
+            nanoseconds: clock.clock,
+            realtime: (clock.flags & KVM_CLOCK_REALTIME != 0).then_some(clock.realtime),
+        })
+    }
+
+    /// Sets the kvm-clock; with `catch_up`, ahead by the time that has passed since it was saved, where KVM can tell.
+    pub fn set_clock(&self, clock: &ClockState, catch_up: bool) -> Result<(), KvmError> {
+        let realtime = clock.realtime.filter(|_| catch_up);
+        let data = kvm_clock_data {
+            clock: clock.nanoseconds,
+            flags: realtime.map_or(0, |_| KVM_CLOCK_REALTIME),
+            realtime: realtime.unwrap_or(0),
+            ..Default::default()
+        };
+        call("KVM_SET_CLOCK", self.fd.set_clock(&data))
+    }
+
     /// A way to send messages to the local APICs.
     pub fn msi_sink(&self) -> Box<dyn MsiSink> {
         Box::new(LocalApics(self.fd.clone()))
     }
+}
+
+/// A machine's kvm-clock, as saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockState {
+    /// Nanoseconds that the guest has seen.
+    pub nanoseconds: u64,
+    /// The host's wall clock at that moment, in nanoseconds; none from a KVM that does not tell.
+    pub realtime: Option<u64>,
 }
 
 struct LocalApics(Arc<VmFd>);

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use lepton_devices::Memory;
 use lepton_devices::legacy::ioapic::{self, IoApic};
 use lepton_devices::virtio::interrupt::Interrupt;
+use lepton_devices::virtio::state::RestoreError;
 use lepton_devices::virtio::transport::mmio::{MmioTransport, REGISTER_SPACE, SharedDevice, lock};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::state::SavedDevice;
 use crate::arch::x86_64::acpi::MmioDevice;
 use crate::arch::x86_64::layout;
 use crate::events::{DeviceEvents, DevicesPaused};
@@ -29,6 +31,14 @@ pub enum AttachError {
         id: String,
         /// KVM's reason.
         source: KvmError,
+    },
+    /// Its saved state is refused.
+    #[error("device {id}: {source}")]
+    Restore {
+        /// The device.
+        id: String,
+        /// What is wrong with the state.
+        source: RestoreError,
     },
     /// The host is out of descriptors.
     #[error("device {id}: {source}")]
@@ -60,6 +70,8 @@ pub struct Attached {
     pub transport: MmioTransport,
     /// Its events, for the event loop.
     pub events: DeviceEvents,
+    /// Its way to the driver.
+    pub interrupt: Arc<Interrupt>,
 }
 
 impl Slots<'_> {
@@ -111,10 +123,33 @@ impl Slots<'_> {
             self.paused.clone(),
         )
         .map_err(host)?;
+        let memory = self.memory.clone();
         Ok(Attached {
             place,
-            transport: MmioTransport::new(device, self.memory.clone(), interrupt, kicks),
+            transport: MmioTransport::new(device, memory, interrupt.clone(), kicks),
             events,
+            interrupt,
         })
+    }
+
+    /// Puts `device` into slot `index` in the state that was saved. It looks at everything when it is woken.
+    pub fn attach_restored(
+        &self,
+        index: usize,
+        id: &str,
+        device: SharedDevice,
+        saved: &SavedDevice,
+    ) -> Result<Attached, AttachError> {
+        let restore = |source| AttachError::Restore {
+            id: id.to_owned(),
+            source,
+        };
+        // Before its registers are made: they offer what the device offers.
+        lock(&device).load(&saved.device).map_err(restore)?;
+        let mut attached = self.attach(index, id, device)?;
+        let loaded = attached.transport.load(&saved.transport);
+        loaded.map_err(restore)?;
+        attached.events.expect_everything();
+        Ok(attached)
     }
 }

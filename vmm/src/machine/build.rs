@@ -1,10 +1,9 @@
 //! The cold boot: from a configuration to a paused machine at its first instruction.
 
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use kvm_bindings::CpuId;
-use kvm_ioctls::VcpuFd;
 use lepton_devices::Memory;
 use lepton_devices::legacy::i8042::I8042;
 use lepton_devices::legacy::ioapic::IoApic;
@@ -13,9 +12,9 @@ use lepton_devices::rate_limiter::BucketConfig;
 use lepton_devices::virtio::transport::mmio::SharedDevice;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::Paused;
+use super::assemble::{self, AssembleError, Parts};
 use super::attach::{AttachError, Attached, Slots};
-use super::boot_timer::BootTimer;
-use super::{Machine, Paused};
 use crate::arch::x86_64::acpi::{self, AcpiError, MmioDevice};
 use crate::arch::x86_64::cpuid::{self, Topology};
 use crate::arch::x86_64::registers::{self, RegisterError};
@@ -25,9 +24,9 @@ use crate::config::{BootSource, Shape};
 use crate::events::{DeviceEvents, DevicesPaused};
 use crate::kvm::{Hypervisor, KvmError, Vm};
 use crate::loader::{self, BootInfo, Entry, LoadError};
-use crate::memory::{self, MemoryError};
-use crate::vcpu::bus::Bus;
-use crate::vcpu::{Gate, Stop, VcpuMetrics, VcpuShared, VcpuThread};
+use crate::memory::{self, MemoryError, Origin, Ram};
+use crate::vcpu::Stop;
+use crate::vcpu::state::{CpuidLeaf, Vcpu};
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -49,10 +48,8 @@ pub enum BuildError {
     Cpuid { id: u8, source: kvm_ioctls::Error },
     #[error("boot tables: {0}")]
     Tables(#[from] vm_memory::GuestMemoryError),
-    #[error("vCPU {id}: thread: {source}")]
-    Thread { id: u8, source: io::Error },
-    #[error("host: {0}")]
-    Host(#[from] io::Error),
+    #[error(transparent)]
+    Assemble(#[from] AssembleError),
 }
 
 /// Where the console's bytes go, and what tells that it can take more input.
@@ -134,46 +131,22 @@ pub fn build(
     let vcpus = create_vcpus(hypervisor, &vm, shape, cpu, &entry)?;
     log::debug!("{} vCPUs made", vcpus.len());
 
-    let mut events = Vec::with_capacity(attached.len());
-    let mut transports = Vec::with_capacity(attached.len());
-    for device in attached {
-        events.push(device.events);
-        transports.push(Mutex::new(device.transport));
-    }
-    let wakers = events
-        .iter()
-        .map(DeviceEvents::waker)
-        .collect::<Result<_, _>>()?;
-    let bus = Arc::new(bus(&ioapic, console, transports, around.boot_timer));
-    let gate = Arc::new(Gate::new(vcpus.len()));
-    let metrics = Arc::new(VcpuMetrics::default());
-    let shared = VcpuShared {
-        gate: gate.clone(),
-        bus: bus.clone(),
-        metrics: metrics.clone(),
-        stopped: around.stopped,
-    };
-    let mut machine = Machine {
-        vcpus: Vec::with_capacity(vcpus.len()),
-        gate,
-        bus,
+    let wiring = assemble::serial_wiring(&ioapic, console);
+    let parts = Parts {
+        vm,
+        ram: Ram {
+            memory,
+            origin: Origin::Zeroes,
+        },
+        vcpus,
+        serial: SerialPort::new(wiring),
+        i8042: I8042::new(assemble::line(&ioapic, layout::I8042_IRQ)),
+        ioapic,
         devices: devices.into_iter().map(|(_, device)| device).collect(),
+        attached,
         devices_paused,
-        wakers,
-        metrics,
-        _vm: vm,
-        _memory: memory,
     };
-    for (id, fd) in (0u8..).zip(vcpus) {
-        let confine = around.confine_vcpu.clone();
-        let thread = VcpuThread::spawn(id, fd, shared.clone(), move || confine())
-            .map_err(|source| BuildError::Thread { id, source })?;
-        machine.vcpus.push(thread);
-    }
-    Ok(Built {
-        machine: Paused(machine),
-        events,
-    })
+    Ok(assemble::assemble(parts, around)?)
 }
 
 fn attach_all(
@@ -246,7 +219,7 @@ fn create_vcpus(
     shape: Shape,
     cpu: &CpuTemplate,
     entry: &Entry,
-) -> Result<Vec<VcpuFd>, BuildError> {
+) -> Result<Vec<Vcpu>, BuildError> {
     let supported = hypervisor.supported_cpuid()?;
     let tsc_deadline = hypervisor.has_tsc_deadline();
     (0..shape.topology.vcpus)
@@ -260,7 +233,10 @@ fn create_vcpus(
             if id == 0 {
                 registers::set_boot_registers(&fd, entry).map_err(failed)?;
             }
-            Ok(fd)
+            Ok(Vcpu {
+                fd,
+                cpuid: leaves.as_slice().iter().map(CpuidLeaf::from).collect(),
+            })
         })
         .collect()
 }
@@ -275,34 +251,6 @@ fn cpuid_of(
     let mut leaves = cpuid::for_vcpu(supported, topology, id, tsc_deadline);
     cpu.apply(&mut leaves);
     leaves
-}
-
-fn bus(
-    ioapic: &Arc<IoApic>,
-    console: Console,
-    virtio: Vec<Mutex<lepton_devices::virtio::transport::mmio::MmioTransport>>,
-    boot_timer: bool,
-) -> Bus {
-    let line = |irq: u32| IoApic::line(ioapic, irq as usize).unwrap_or_else(|| Arc::new(NoLine));
-    Bus {
-        serial: Arc::new(Mutex::new(SerialPort::new(
-            line(layout::SERIAL_IRQ),
-            console.out,
-            console.limit,
-            console.room,
-        ))),
-        i8042: Arc::new(Mutex::new(I8042::new(line(layout::I8042_IRQ)))),
-        ioapic: ioapic.clone(),
-        virtio,
-        boot_timer: boot_timer.then(BootTimer::default),
-    }
-}
-
-/// A pin that is not connected.
-struct NoLine;
-
-impl lepton_devices::virtio::interrupt::IrqLine for NoLine {
-    fn raise(&self) {}
 }
 
 #[cfg(test)]

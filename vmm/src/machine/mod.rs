@@ -1,7 +1,8 @@
 //! A machine that has been started.
 //!
 //! ```text
-//!  Configuration --build--> Paused --resume--> Running --pause--> Paused
+//!  Configuration --build--> Paused --resume--> Running --pause--> Paused --save--> MachineState
+//!  MachineState and memory --restore--> Paused
 //!                                                 |
 //!                                                 +-- the guest or the user ends it: the process ends
 //! ```
@@ -9,26 +10,32 @@
 //! Each transition consumes the state it leaves, so that what only a paused machine allows cannot be asked of a
 //! running one.
 
+mod assemble;
 pub mod attach;
 pub mod boot_timer;
 pub mod build;
+pub mod restore;
+pub mod state;
 
 use std::sync::Arc;
 
-use lepton_devices::Memory;
 use lepton_devices::virtio::device::DeviceError;
 use lepton_devices::virtio::transport::mmio::{SharedDevice, lock};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::events::DevicesPaused;
 use crate::kvm::Vm;
+use crate::memory::Ram;
 use crate::vcpu::bus::Bus;
+use crate::vcpu::state::CpuidLeaf;
 use crate::vcpu::{Gate, Order, VcpuMetrics, VcpuThread};
 
 /// What running and paused machines have in common.
 pub struct Machine {
     /// Dropped after the vCPUs, which use it.
     vcpus: Vec<VcpuThread>,
+    /// What each was given.
+    cpuid: Vec<Vec<CpuidLeaf>>,
     gate: Arc<Gate>,
     bus: Arc<Bus>,
     devices: Vec<SharedDevice>,
@@ -36,8 +43,8 @@ pub struct Machine {
     /// One per device: makes it catch up after a pause.
     wakers: Vec<EventFd>,
     metrics: Arc<VcpuMetrics>,
-    _vm: Vm,
-    _memory: Arc<Memory>,
+    vm: Vm,
+    ram: Ram,
 }
 
 impl Machine {
@@ -94,6 +101,11 @@ impl Paused {
     /// The machine.
     pub fn machine(&self) -> &Machine {
         &self.0
+    }
+
+    /// Its memory, which stands still.
+    pub fn ram(&self) -> &Ram {
+        &self.0.ram
     }
 
     /// Lets devices and vCPUs go on.

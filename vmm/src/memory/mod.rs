@@ -2,6 +2,8 @@
 #![allow(unsafe_code)] // madvise on the mapping
 
 pub mod file;
+pub mod image;
+pub mod present;
 
 use std::sync::Arc;
 
@@ -86,6 +88,22 @@ pub enum MemoryError {
     },
 }
 
+/// What untouched memory holds.
+pub enum Origin {
+    /// Zeroes.
+    Zeroes,
+    /// What is at its place in a file, which is mapped.
+    File,
+}
+
+/// A machine's memory, and where it comes from.
+pub struct Ram {
+    /// The memory, as KVM and the devices have it.
+    pub memory: Arc<Memory>,
+    /// What it holds where nobody has touched it.
+    pub origin: Origin,
+}
+
 /// Maps guest memory. Pages cost nothing until the guest touches them.
 pub fn allocate(size: MemorySize, huge_pages: HugePages) -> Result<Arc<Memory>, MemoryError> {
     let host = host_bytes();
@@ -124,6 +142,11 @@ pub fn allocate(size: MemorySize, huge_pages: HugePages) -> Result<Arc<Memory>, 
         bytes: size.bytes,
         reason: e.to_string(),
     })?;
+    protect(&memory, huge_pages);
+    Ok(Arc::new(memory))
+}
+
+fn protect(memory: &Memory, huge_pages: HugePages) {
     for region in memory.iter() {
         // Secrets of the guest do not belong in the VMM's core dump.
         advise(region, libc::MADV_DONTDUMP);
@@ -131,7 +154,6 @@ pub fn allocate(size: MemorySize, huge_pages: HugePages) -> Result<Arc<Memory>, 
             advise(region, libc::MADV_HUGEPAGE);
         }
     }
-    Ok(Arc::new(memory))
 }
 
 /// Memory and swap of the host in bytes.

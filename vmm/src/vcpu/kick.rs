@@ -28,8 +28,8 @@ unsafe impl Send for Flag {}
 unsafe impl Sync for Flag {}
 
 impl Kick {
-    /// The flag of `fd`. The result must not be used once `fd` is dropped; [`super::VcpuThread`] sees to that: it
-    /// holds the thread's handle, in which `fd` ends up, as long as its `Kick`.
+    /// The flag of `fd`. The result must not be used once `fd` is dropped; [`super::VcpuThread`] and its thread see to
+    /// that: each holds `fd` as long as its `Kick`.
     pub fn new(fd: &mut VcpuFd) -> Self {
         let run: *mut kvm_bindings::kvm_run = fd.get_kvm_run();
         // SAFETY: `run` points to the mapped kvm_run of `fd`, so a field of it is in bounds.
@@ -40,10 +40,15 @@ impl Kick {
     }
 
     /// Makes the vCPU whose thread is `thread` leave the guest, or not enter it.
-    pub fn interrupt(&self, thread: &JoinHandle<VcpuFd>) {
-        self.set(1);
+    pub fn interrupt(&self, thread: &JoinHandle<()>) {
+        self.hold();
         // SAFETY: the handle is not joined yet, so the thread id is valid; the signal has a handler.
         unsafe { libc::pthread_kill(thread.as_pthread_t(), signal_number()) };
+    }
+
+    /// Lets KVM_RUN end what the last exit began, and no more.
+    pub fn hold(&self) {
+        self.set(1);
     }
 
     /// Lets the vCPU enter the guest again.

@@ -3,10 +3,11 @@
 pub mod bus;
 mod gate;
 mod kick;
+pub mod state;
 
 use std::io;
-use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -51,7 +52,9 @@ pub enum Stop {
 /// A vCPU's thread, seen from outside.
 pub struct VcpuThread {
     kick: Kick,
-    thread: Option<JoinHandle<VcpuFd>>,
+    /// Locked by the thread but while it waits at its gate.
+    fd: Arc<Mutex<VcpuFd>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl VcpuThread {
@@ -64,23 +67,24 @@ impl VcpuThread {
         setup: impl FnOnce() -> io::Result<()> + Send + 'static,
     ) -> io::Result<Self> {
         let kick = Kick::new(&mut fd);
-        let clear = kick.clone();
+        let fd = Arc::new(Mutex::new(fd));
+        let (own, clear) = (fd.clone(), kick.clone());
         let thread = std::thread::Builder::new()
             .name(format!("vcpu {id}"))
             .stack_size(256 << 10)
             .spawn(move || {
                 let stop = match setup() {
-                    Ok(()) => run(&mut fd, &shared, &clear),
+                    Ok(()) => run(&own, &shared, &clear),
                     Err(error) => Some(Stop::Failed(format!("vCPU {id}: {error}"))),
                 };
                 if let Some(stop) = stop {
                     (shared.stopped)(stop);
                 }
                 shared.gate.left();
-                fd
             })?;
         Ok(VcpuThread {
             kick,
+            fd,
             thread: Some(thread),
         })
     }
@@ -93,8 +97,16 @@ impl VcpuThread {
     }
 
     /// Waits for the thread's end.
-    pub fn join(mut self) -> Option<VcpuFd> {
-        self.thread.take()?.join().ok()
+    pub fn join(mut self) {
+        if let Some(thread) = self.thread.take() {
+            // A panic has ended the process already.
+            drop(thread.join());
+        }
+    }
+
+    /// The vCPU itself. Waits while it runs: pause the machine first.
+    pub fn vcpu(&self) -> MutexGuard<'_, VcpuFd> {
+        lock(&self.fd)
     }
 }
 
@@ -119,25 +131,50 @@ impl VcpuShared {
 }
 
 /// Runs until told to leave (`None`) or the guest ends.
-fn run(fd: &mut VcpuFd, shared: &VcpuShared, kick: &Kick) -> Option<Stop> {
+fn run(fd: &Mutex<VcpuFd>, shared: &VcpuShared, kick: &Kick) -> Option<Stop> {
     loop {
         if shared.gate.pass() == Order::Leave {
             return None;
         }
+        let mut fd = lock(fd);
         kick.clear();
         // An order given between the two lines above interrupts again, so it is seen below.
         while !shared.gate.is_closed() {
-            if let Some(stop) = step(fd, shared) {
+            if let Left::Stopped(stop) = step(&mut fd, shared) {
                 return Some(stop);
+            }
+        }
+        // An access that led to an exit is over only when KVM_RUN is entered again (KVM API, 5): a read's value is in
+        // its register only then, and the instruction pointer behind it. Without this a saved vCPU would do it twice.
+        kick.hold();
+        loop {
+            match step(&mut fd, shared) {
+                Left::Stopped(stop) => return Some(stop),
+                Left::Interrupted => break,
+                Left::Handled => {}
             }
         }
     }
 }
 
+fn lock(fd: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+    fd.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How a stay in the guest ended.
+enum Left {
+    /// By an exit, which was handled.
+    Handled,
+    /// By a signal, or before it began.
+    Interrupted,
+    /// For good.
+    Stopped(Stop),
+}
+
 /// One stay in the guest and the handling of its exit.
-fn step(fd: &mut VcpuFd, shared: &VcpuShared) -> Option<Stop> {
+fn step(fd: &mut VcpuFd, shared: &VcpuShared) -> Left {
     let metrics = &shared.metrics;
-    match fd.run() {
+    let stop = match fd.run() {
         Ok(VcpuExit::IoOut(port, data)) => {
             metrics.exit_io_out.inc();
             shared.bus.port_write(port, data)
@@ -157,7 +194,8 @@ fn step(fd: &mut VcpuFd, shared: &VcpuShared) -> Option<Stop> {
             shared.bus.port_read(port, data);
             None
         }
-        Ok(VcpuExit::Intr | VcpuExit::Hlt) => None,
+        Ok(VcpuExit::Intr) => return Left::Interrupted,
+        Ok(VcpuExit::Hlt) => None,
         Ok(VcpuExit::Shutdown) => Some(Stop::TripleFault),
         Ok(VcpuExit::SystemEvent(kind, _)) => Some(system_event(kind)),
         Ok(VcpuExit::FailEntry(reason, cpu)) => Some(fail(
@@ -172,8 +210,14 @@ fn step(fd: &mut VcpuFd, shared: &VcpuShared) -> Option<Stop> {
             guest_warn!("vCPU exit ignored: {exit:?}");
             None
         }
-        Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => None,
+        Err(error) if error.errno() == libc::EINTR => return Left::Interrupted,
+        // A vCPU that waits to be started.
+        Err(error) if error.errno() == libc::EAGAIN => return Left::Interrupted,
         Err(error) => Some(fail(metrics, format!("KVM_RUN: {error}"))),
+    };
+    match stop {
+        Some(stop) => Left::Stopped(stop),
+        None => Left::Handled,
     }
 }
 

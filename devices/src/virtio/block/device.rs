@@ -17,6 +17,7 @@ use crate::rate_limiter::{BucketConfig, RateLimiter, RateLimiterConfig};
 use crate::virtio::device::{DeviceError, DeviceKind, Progress, Resources, VirtioDevice};
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::queue::VirtQueue;
+use crate::virtio::state::{DeviceState, QueuePosition, RestoreError};
 
 /// Most requests taken from the queue in one turn.
 const REQUESTS_PER_TURN: usize = 128;
@@ -75,24 +76,24 @@ pub enum BlockError {
 }
 
 /// What the device has between activation and reset.
-struct Active {
+pub(super) struct Active {
     memory: Arc<Memory>,
-    queue: VirtQueue,
+    pub(super) queue: VirtQueue,
     interrupt: Arc<Interrupt>,
     rules: Rules,
 }
 
 /// A virtio block device.
 pub struct Block {
-    backend: Backend,
+    pub(super) backend: Backend,
     /// The configured serial number, for the next image too.
-    serial: Option<[u8; 20]>,
-    engine: Engine,
-    limiter: RateLimiter,
-    queue_sizes: [u16; 1],
-    features: u64,
-    metrics: Arc<BlockMetrics>,
-    active: Option<Active>,
+    pub(super) serial: Option<[u8; 20]>,
+    pub(super) engine: Engine,
+    pub(super) limiter: RateLimiter,
+    pub(super) queue_sizes: [u16; 1],
+    pub(super) features: u64,
+    pub(super) metrics: Arc<BlockMetrics>,
+    pub(super) active: Option<Active>,
 }
 
 impl Block {
@@ -366,5 +367,17 @@ impl VirtioDevice for Block {
             )?;
         }
         Ok(())
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Block(self.saved())
+    }
+
+    fn positions(&self) -> Option<Vec<QueuePosition>> {
+        self.queue_positions()
+    }
+
+    fn load(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        self.take(state)
     }
 }

@@ -5,11 +5,13 @@ mod device;
 mod engine;
 mod metrics;
 mod request;
+mod state;
 mod turn;
 
 pub use device::{Block, BlockConfig, BlockError, CacheType};
 pub use engine::EngineKind;
 pub use metrics::BlockMetrics;
+pub use state::BlockState;
 
 #[cfg(test)]
 mod tests;

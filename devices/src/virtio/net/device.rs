@@ -15,6 +15,7 @@ use super::rx::Receiver;
 use super::tx::Transmitter;
 use crate::rate_limiter::{RateLimiter, RateLimiterConfig};
 use crate::virtio::device::{DeviceError, DeviceKind, Progress, Resources, VirtioDevice};
+use crate::virtio::state::{DeviceState, QueuePosition, RestoreError};
 
 /// Queue 0 takes frames to the driver, queue 1 from it (VIRTIO 1.3, 5.1.2).
 const RX: usize = 0;
@@ -63,19 +64,19 @@ pub enum NetError {
 ///
 /// STATUS is not offered: without it a driver takes the link to be up, which it always is. Nor is a control queue.
 pub struct Net<B: Backend = Tap> {
-    backend: B,
-    mac: MacAddr,
-    mtu: Option<u16>,
-    queue_sizes: [u16; 2],
-    rx_limiter: RateLimiter,
-    tx_limiter: RateLimiter,
-    metrics: Arc<NetMetrics>,
-    active: Option<Active>,
+    pub(super) backend: B,
+    pub(super) mac: MacAddr,
+    pub(super) mtu: Option<u16>,
+    pub(super) queue_sizes: [u16; 2],
+    pub(super) rx_limiter: RateLimiter,
+    pub(super) tx_limiter: RateLimiter,
+    pub(super) metrics: Arc<NetMetrics>,
+    pub(super) active: Option<Active>,
 }
 
-struct Active {
-    rx: Receiver,
-    tx: Transmitter,
+pub(super) struct Active {
+    pub(super) rx: Receiver,
+    pub(super) tx: Transmitter,
 }
 
 impl<B: Backend> Net<B> {
@@ -289,5 +290,17 @@ impl<B: Backend> VirtioDevice for Net<B> {
             Some(active) => active.rx.quiesce(&self.metrics),
             None => Ok(()),
         }
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Net(self.saved())
+    }
+
+    fn positions(&self) -> Option<Vec<QueuePosition>> {
+        self.queue_positions()
+    }
+
+    fn load(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        self.take(state)
     }
 }

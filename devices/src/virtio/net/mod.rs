@@ -15,11 +15,13 @@ pub mod device;
 pub mod frame;
 pub mod mac;
 mod rx;
+mod state;
 mod tx;
 
 pub use backend::Backend;
 pub use device::{Net, NetConfig, NetError};
 pub use mac::MacAddr;
+pub use state::NetState;
 
 /// Most frames moved in one go before other events have their turn.
 const FRAMES_PER_TURN: usize = 256;

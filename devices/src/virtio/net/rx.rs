@@ -21,6 +21,7 @@ use crate::Memory;
 use crate::rate_limiter::RateLimiter;
 use crate::virtio::device::{DeviceError, Progress};
 use crate::virtio::queue::{Chain, QueueError, VirtQueue};
+use crate::virtio::state::QueuePosition;
 
 /// Most bytes one read yields.
 const MAX_READ: u64 = HEADER_LEN + MAX_FRAME_LEN;
@@ -123,6 +124,11 @@ impl Receiver {
         self.receive(backend, limiter, metrics)
             .and_then(|progress| self.queue.signal().map(|()| progress))
             .map_err(|source| self.queue.fail(source))
+    }
+
+    /// Where the queue is, after [`Receiver::quiesce`].
+    pub(super) fn position(&self) -> QueuePosition {
+        self.queue.position()
     }
 
     /// Gives every buffer held back to the ring. A waiting frame is delivered if it fits, whatever the limiter says.

@@ -12,6 +12,7 @@ use crate::Memory;
 use crate::rate_limiter::RateLimiter;
 use crate::virtio::device::{DeviceError, Progress};
 use crate::virtio::queue::{Chain, Flow, QueueError, Slices, VirtQueue};
+use crate::virtio::state::QueuePosition;
 
 /// What is read of a frame besides handing it on: its virtio header and both addresses.
 const PEEK_LEN: usize = VNET_HEADER_LEN + 2 * MAC_LEN;
@@ -38,6 +39,11 @@ impl Transmitter {
             offloads: frame::from_driver(features),
             mac,
         }
+    }
+
+    /// Where the queue is.
+    pub(super) fn position(&self) -> QueuePosition {
+        self.queue.position()
     }
 
     /// Sends what the driver made available, as far as the limiter and the bound on work allow.

@@ -36,7 +36,7 @@ fn chains_are_used_together_and_across_the_rings_end() {
     }
     queue.complete_together(&[]).unwrap();
     assert!(driver.queues[0].used().is_empty());
-    assert_eq!(queue.state().next_used, 30);
+    assert_eq!(queue.position().next_used, 30);
 }
 
 #[test]
@@ -97,5 +97,5 @@ fn with_event_index_the_driver_says_when() {
     queue.complete_together(&used).unwrap();
     queue.signal().unwrap();
     assert_eq!(driver.interrupts(), 1);
-    assert_eq!(queue.state().next_used, 1);
+    assert_eq!(queue.position().next_used, 1);
 }

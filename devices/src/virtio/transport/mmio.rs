@@ -23,6 +23,7 @@ use crate::Memory;
 use crate::virtio::device::{DeviceKind, Resources, VirtioDevice};
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::queue::VirtQueue;
+use crate::virtio::state::QueuePosition;
 
 /// Bytes of register space per device: one page, so that a guest may map each device apart.
 pub const REGISTER_SPACE: u64 = 0x1000;
@@ -71,8 +72,14 @@ impl QueueRegisters {
         }
     }
 
-    fn to_queue(self, event_idx: bool) -> Result<Queue, virtio_queue::Error> {
+    fn to_queue(
+        self,
+        event_idx: bool,
+        position: QueuePosition,
+    ) -> Result<Queue, virtio_queue::Error> {
         let mut queue = Queue::new(self.max_size)?;
+        queue.set_next_avail(position.next_avail);
+        queue.set_next_used(position.next_used);
         queue.try_set_size(self.size)?;
         queue.try_set_desc_table_address(GuestAddress(self.desc_table))?;
         queue.try_set_avail_ring_address(GuestAddress(self.avail_ring))?;
@@ -340,7 +347,12 @@ impl MmioTransport {
     }
 
     fn activate(&mut self) {
-        if let Err(reason) = self.try_activate() {
+        let start = QueuePosition {
+            next_avail: 0,
+            next_used: 0,
+        };
+        let positions = vec![start; self.queues.len()];
+        if let Err(reason) = self.try_activate(&positions) {
             guest_warn!("virtio {:?}: activation failed: {reason}", self.kind);
             self.interrupt.needs_reset();
             return;
@@ -351,12 +363,12 @@ impl MmioTransport {
         }
     }
 
-    fn try_activate(&self) -> Result<(), String> {
+    fn try_activate(&self, positions: &[QueuePosition]) -> Result<(), String> {
         let event_idx = self.driver_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         let mut queues = Vec::with_capacity(self.queues.len());
-        for (index, registers) in self.queues.iter().enumerate() {
+        for (index, (registers, position)) in self.queues.iter().zip(positions).enumerate() {
             let queue = registers
-                .to_queue(event_idx)
+                .to_queue(event_idx, *position)
                 .map_err(|e| format!("queue {index}: {e}"))?;
             let queue = VirtQueue::new(queue, index, self.memory.clone(), self.interrupt.clone())
                 .map_err(|e| format!("queue {index}: {e}"))?;
@@ -409,6 +421,8 @@ fn set_high(address: &mut u64, value: u32) {
 pub fn lock(device: &SharedDevice) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+mod saved;
 
 #[cfg(test)]
 mod tests;

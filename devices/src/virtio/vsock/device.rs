@@ -18,6 +18,7 @@ use super::{Cid, VsockMetrics};
 use crate::Memory;
 use crate::virtio::device::{DeviceError, DeviceKind, Progress, Resources, VirtioDevice};
 use crate::virtio::queue::{Chain, Flow, QueueError, VirtQueue};
+use crate::virtio::state::{DeviceState, QueuePosition, RestoreError};
 
 /// The queues' size if nobody asks for another.
 pub const QUEUE_SIZE: u16 = 256;
@@ -55,18 +56,20 @@ pub struct VsockConfig {
 
 /// A socket device.
 pub struct Vsock {
-    cid: Cid,
-    queue_sizes: [u16; 3],
+    pub(super) cid: Cid,
+    pub(super) queue_sizes: [u16; 3],
     pub(super) muxer: Muxer,
-    metrics: Arc<VsockMetrics>,
-    active: Option<Active>,
+    pub(super) metrics: Arc<VsockMetrics>,
+    pub(super) active: Option<Active>,
+    /// Its state was loaded: the driver, if there is one, has connections that are gone.
+    pub(super) restored: bool,
 }
 
 /// What a device has between activation and reset.
-struct Active {
-    rx: VirtQueue,
-    tx: VirtQueue,
-    event: VirtQueue,
+pub(super) struct Active {
+    pub(super) rx: VirtQueue,
+    pub(super) tx: VirtQueue,
+    pub(super) event: VirtQueue,
     /// Packets were left in the transmit queue, because the guest does not take our answers.
     tx_stopped: bool,
     /// The driver is asked to kick the receive queue. Only while there is something for it and no buffer.
@@ -95,6 +98,7 @@ impl Vsock {
             muxer: Muxer::new(guest_cid, listener, uds_path, metrics.clone())?,
             metrics,
             active: None,
+            restored: false,
         })
     }
 
@@ -378,13 +382,14 @@ impl VirtioDevice for Vsock {
             tx_stopped: false,
             rx_kicks: true,
             fresh: true,
-            transport_reset: false,
+            transport_reset: std::mem::take(&mut self.restored),
             buffers: Vec::with_capacity(READ_BUFFERS),
         });
         Ok(())
     }
 
     fn reset(&mut self) {
+        self.restored = false;
         self.active = None;
         self.muxer.reset();
     }
@@ -412,5 +417,17 @@ impl VirtioDevice for Vsock {
     fn quiesce(&mut self) -> Result<(), DeviceError> {
         // Every chain is completed, or put back, within the call that takes it.
         Ok(())
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Vsock(self.saved())
+    }
+
+    fn positions(&self) -> Option<Vec<QueuePosition>> {
+        self.queue_positions()
+    }
+
+    fn load(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        self.take(state)
     }
 }

@@ -27,10 +27,12 @@ pub mod listener;
 pub mod muxer;
 pub mod packet;
 pub mod poller;
+mod state;
 pub mod stream;
 
 pub use device::{Vsock, VsockConfig};
 pub use listener::{BindError, SocketGuard, bind_listener};
+pub use state::VsockState;
 
 /// The host's context ID (VIRTIO 1.3, 5.10.4).
 pub const HOST_CID: u64 = 2;

@@ -6,10 +6,16 @@ use proptest::prelude::*;
 
 use crate::virtio::device::{DeviceError, Progress};
 use crate::virtio::queue::QueueError;
+use crate::virtio::state::{DeviceState, RestoreError};
 use crate::virtio::testing::TestDriver;
+use crate::virtio::vsock::VsockState;
 
 const QUEUE_SIZE: u16 = 16;
 const DEVICE_FEATURE: u64 = 1 << 5;
+const POSITION: QueuePosition = QueuePosition {
+    next_avail: 65535,
+    next_used: 65534,
+};
 
 /// What happened to a device.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -67,6 +73,16 @@ impl VirtioDevice for Probe {
         Ok(Progress::Done)
     }
     fn quiesce(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    fn save(&self) -> DeviceState {
+        DeviceState::Vsock(VsockState { cid: 3 })
+    }
+    fn positions(&self) -> Option<Vec<QueuePosition>> {
+        let active = self.seen.lock().unwrap().activations > 0;
+        active.then(|| vec![POSITION; 2])
+    }
+    fn load(&mut self, _: &DeviceState) -> Result<(), RestoreError> {
         Ok(())
     }
 }

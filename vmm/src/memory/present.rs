@@ -1,0 +1,86 @@
+//! Which pages of a mapping are there.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+const PAGE: usize = 4096;
+/// Entries read at once: 32 MiB of memory.
+const BATCH: usize = 8192;
+/// In memory, or swapped out (Documentation/admin-guide/mm/pagemap.rst).
+const THERE: u64 = 1 << 63 | 1 << 62;
+
+/// Tells pages that were touched from those that never were, by `/proc/self/pagemap`.
+pub struct Pagemap {
+    /// None where there is no /proc: then every page counts as touched.
+    file: Option<File>,
+    entries: Vec<u8>,
+    /// Number of the first page in `entries`.
+    first: usize,
+}
+
+impl Pagemap {
+    /// That of this process.
+    pub fn open() -> Self {
+        Pagemap {
+            file: File::open("/proc/self/pagemap").ok(),
+            entries: Vec::new(),
+            first: 0,
+        }
+    }
+
+    /// Whether any page of the `length` bytes at `address` was touched. Both are multiples of the page size; asking in
+    /// ascending order is cheap.
+    pub fn is_touched(&mut self, address: usize, length: usize) -> bool {
+        let (first, count) = (address / PAGE, length / PAGE);
+        (first..first + count).any(|page| self.entry(page) & THERE != 0)
+    }
+
+    fn entry(&mut self, page: usize) -> u64 {
+        let Some(file) = &self.file else {
+            return u64::MAX;
+        };
+        let known = self.first..self.first + self.entries.len() / 8;
+        if !known.contains(&page) {
+            self.entries.resize(BATCH * 8, 0);
+            self.first = page;
+            let read = file.read_at(&mut self.entries, page as u64 * 8);
+            self.entries.truncate(read.unwrap_or(0));
+        }
+        let at = (page - self.first) * 8;
+        match self.entries.get(at..at + 8) {
+            Some(bytes) => u64::from_le_bytes(bytes.try_into().unwrap_or([0xff; 8])),
+            // It does not say: better once too often.
+            None => u64::MAX,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::memory::{MemorySize, allocate};
+    use lepton_api::types::HugePages;
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+    use super::*;
+
+    #[test]
+    fn touched_pages_are_told_from_untouched_ones() {
+        let size = MemorySize::new(128, HugePages::None).unwrap();
+        let memory = allocate(size, HugePages::None).unwrap();
+        let base = memory.get_host_address(GuestAddress(0)).unwrap() as usize;
+        let mut map = Pagemap::open();
+        assert!(!map.is_touched(base, 128 << 20));
+        memory.write_obj(1u8, GuestAddress(0x40_5000)).unwrap();
+        let mut map = Pagemap::open();
+        assert!(map.is_touched(base + 0x40_0000, 0x1_0000));
+        assert!(map.is_touched(base + 0x40_5000, PAGE));
+        assert!(!map.is_touched(base + 0x40_6000, 0x1_0000));
+        assert!(!map.is_touched(base, 0x40_0000));
+        let mut blind = Pagemap {
+            file: None,
+            entries: Vec::new(),
+            first: 0,
+        };
+        assert!(blind.is_touched(base, PAGE));
+    }
+}
