@@ -1,92 +1,201 @@
-//! `lepton-bench`: how long a machine takes to start and how much it weighs, beside a peer's in the same run.
-//!
-//! Both sides are driven in the same way, by Firecracker's command line, in turn (A B A B ...), so that whatever else
-//! the host does hits both. The floor, a program that does nothing but make a KVM machine, is measured in the same turn.
+//! `lepton-bench`: measures our VMM and its peers in turn. `cargo xtask bench` builds it and runs it.
 
-mod boot;
-mod floor;
-mod guest;
-mod stats;
-mod vmm;
-mod weight;
-
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::{Duration, Instant, SystemTime};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Parser, ValueEnum};
+use lepton_benches::bars;
+use lepton_benches::catalogue::{BENCHMARKS, Benchmark, parse_name};
+use lepton_benches::host::{self, Host};
+use lepton_benches::interrupt;
+use lepton_benches::measure::{Context, boot::Linux};
+use lepton_benches::report;
+use lepton_benches::results::{Absent, Program, Results, VERSION};
+use lepton_benches::schedule;
+use lepton_benches::side::{self, IrqChip, Kind, Peer, Side, parse_peer};
+use lepton_benches::text;
 
-/// Measures lepton-vmm, and a peer with the same command line.
+/// Measures lepton-vmm and its peers in turn.
 #[derive(Parser)]
 #[command(version)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
+struct Arguments {
+    /// Benchmarks to run; all if none is named
+    #[arg(value_name = "BENCHMARK", value_parser = parse_name)]
+    only: Vec<&'static str>,
 
-#[derive(Subcommand)]
-enum Command {
-    /// Start to API socket, start to first guest instruction, whole life; beside the bare KVM program.
-    Start(Sides),
-    /// Memory of an idle machine with a drive, vsock and, if a tap is named, an interface, beyond the guest's own.
-    Weight {
-        #[command(flatten)]
-        sides: Sides,
-        /// A tap that nobody uses.
-        #[arg(long)]
-        tap: Option<String>,
-    },
-    /// Start to the first output of a Linux guest's init.
-    Boot {
-        #[command(flatten)]
-        sides: Sides,
-        #[command(flatten)]
-        linux: boot::Linux,
-    },
-    /// The bare KVM program itself: make a machine, run one instruction, end.
-    Floor {
-        /// Interrupt controller of the machine.
-        #[arg(long, value_enum, default_value_t = floor::IrqChip::Split)]
-        irqchip: floor::IrqChip,
-    },
-}
+    /// The lepton-vmm to measure
+    #[arg(long, value_name = "PATH", required_unless_present = "list")]
+    vmm: Option<PathBuf>,
 
-/// What is measured against what.
-#[derive(Args)]
-struct Sides {
-    /// The lepton-vmm to measure.
+    /// A VMM to compare with: firecracker=PATH, cloud-hypervisor=PATH, qemu or qemu=PATH
+    #[arg(long, value_name = "NAME[=PATH]", value_parser = parse_peer)]
+    peer: Vec<Peer>,
+
+    /// Rounds of each benchmark, instead of its own number
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    rounds: Option<u32>,
+
+    /// Write results.json and report.html into this folder
+    #[arg(long, value_name = "FOLDER")]
+    out: Option<PathBuf>,
+
+    /// End with status 1 if anything failed to be measured
     #[arg(long)]
-    vmm: PathBuf,
-    /// A VMM with Firecracker's command line to compare with.
-    #[arg(long)]
-    peer: Option<PathBuf>,
-    /// Rounds; in each, every side is measured once.
-    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
-    rounds: u32,
-    /// Guest memory in MiB.
-    #[arg(long, default_value_t = 128)]
-    memory: u64,
-}
+    strict: bool,
 
-impl Sides {
-    fn list(&self) -> Vec<(&'static str, PathBuf)> {
-        let mut list = vec![("lepton", self.vmm.clone())];
-        list.extend(self.peer.clone().map(|peer| ("peer", peer)));
-        list
-    }
+    /// The longest that one VMM may take for one measurement
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    patience: u64,
+
+    #[command(flatten)]
+    linux: Linux,
+
+    /// List the benchmarks and end
+    #[arg(long)]
+    list: bool,
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
-        Command::Start(sides) => vmm::start(&sides),
-        Command::Weight { sides, tap } => weight::weight(&sides, tap.as_deref()),
-        Command::Boot { sides, linux } => boot::boot(&sides, &linux),
-        Command::Floor { irqchip } => floor::run(irqchip).map_err(|e| e.to_string()),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
+    let arguments = Arguments::parse();
+    if arguments.list {
+        for benchmark in BENCHMARKS {
+            println!("{:<10} {}", benchmark.name, benchmark.about());
+        }
+        return ExitCode::SUCCESS;
+    }
+    match run(&arguments) {
+        Ok(code) => code,
         Err(reason) => {
             eprintln!("lepton-bench: {reason}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Our sides and the peers that are there; those that are not, with the reason.
+fn sides(arguments: &Arguments) -> Result<(Vec<Side>, Vec<Absent>), String> {
+    let vmm = arguments.vmm.as_deref().unwrap_or(Path::new("lepton-vmm"));
+    let vmm = std::path::absolute(vmm).map_err(|error| error.to_string())?;
+    side::version(&vmm)?;
+    let mut sides = vec![Side::ours(vmm)];
+    let mut absent = Vec::new();
+    for peer in &arguments.peer {
+        match Side::peer(peer) {
+            Ok(side) if sides.iter().any(|other| other.id == side.id) => {
+                return Err(format!("--peer {} is given twice", side.id));
+            }
+            Ok(side) => sides.push(side),
+            Err(reason) => {
+                let side = peer.kind.id().to_owned();
+                eprintln!("{side} is left out: {reason}");
+                absent.push(Absent { side, reason });
+            }
+        }
+    }
+    for kind in Kind::value_variants() {
+        if !arguments.peer.iter().any(|peer| peer.kind == *kind) {
+            let side = kind.id().to_owned();
+            let reason = format!("not asked for by --peer {side}=PATH");
+            absent.push(Absent { side, reason });
+        }
+    }
+    let here = std::env::current_exe().map_err(|error| error.to_string())?;
+    let floor = here.with_file_name("lepton-floor");
+    if floor.is_file() {
+        for irqchip in [IrqChip::Split, IrqChip::Full] {
+            sides.push(Side::floor(floor.clone(), irqchip));
+        }
+    } else {
+        let reason = format!("there is no program {}", floor.display());
+        eprintln!("the bare KVM program is left out: {reason}");
+        let side = "floor".to_owned();
+        absent.push(Absent { side, reason });
+    }
+    Ok((sides, absent))
+}
+
+fn describe(side: &Side) -> Program {
+    let version = match side.is_floor() {
+        true => "of this harness".to_owned(),
+        false => side::version(&side.program).unwrap_or_else(|reason| reason),
+    };
+    Program {
+        side: side.id.to_owned(),
+        vmm: !side.is_floor(),
+        path: side.program.display().to_string(),
+        version,
+        sha256: host::sha256(&side.program),
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<ExitCode, String> {
+    interrupt::install().map_err(|error| format!("signals: {error}"))?;
+    let started = Instant::now();
+    let began = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
+    let host = Host::describe();
+    let (sides, absent) = sides(arguments)?;
+    let vmms = sides.iter().filter(|side| !side.is_floor()).count();
+    let all_there = vmms == 1 + arguments.peer.len();
+    let programs = sides.iter().map(describe).collect();
+    let context = Context {
+        sides,
+        patience: Duration::from_secs(arguments.patience),
+        linux: arguments.linux.clone(),
+    };
+    let chosen = |benchmark: &&Benchmark| {
+        arguments.only.is_empty() || arguments.only.contains(&benchmark.name)
+    };
+    let mut figures = Vec::new();
+    let mut interrupted = false;
+    for benchmark in BENCHMARKS.iter().filter(chosen) {
+        let rounds = arguments.rounds.unwrap_or(benchmark.rounds);
+        let (measured, ended_early) = schedule::run(benchmark, &context, rounds);
+        figures.extend(measured);
+        interrupted = ended_early;
+        if interrupted {
+            eprintln!("interrupted: what was measured is written");
+            break;
+        }
+    }
+    let command: Vec<String> = std::env::args().collect();
+    let results = Results {
+        version: VERSION,
+        began,
+        seconds: started.elapsed().as_secs_f64(),
+        command: command.join(" "),
+        interrupted,
+        host: Host {
+            load_after: host::load(),
+            ..host
+        },
+        sides: programs,
+        absent,
+        bars: bars::judge(&figures),
+        figures,
+    };
+    print!("{}", text::tables(&results));
+    if let Some(folder) = &arguments.out {
+        write(folder, &results)?;
+    }
+    if interrupted {
+        return Ok(ExitCode::from(130));
+    }
+    let fails = arguments.strict && (results.has_failures() || !all_there);
+    Ok(ExitCode::from(u8::from(fails)))
+}
+
+fn write(folder: &Path, results: &Results) -> Result<(), String> {
+    let json = serde_json::to_string_pretty(results).map_err(|error| error.to_string())?;
+    let html = report::html(results).map_err(|error| error.to_string())?;
+    let put = |name: &str, text: String| {
+        let path = folder.join(name);
+        let written = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&path, text));
+        written.map_err(|error| format!("{}: {error}", path.display()))?;
+        println!("{}", path.display());
+        Ok::<_, String>(())
+    };
+    println!();
+    put("results.json", json)?;
+    put("report.html", html)
 }

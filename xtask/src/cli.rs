@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 
+use crate::bench::{self, BenchArguments};
 use crate::cache::Cache;
 use crate::check;
 use crate::doctor;
@@ -35,6 +36,15 @@ enum Command {
 
     /// Run all checks: format, lints, unit tests, tests on booted machines here and in the lab.
     Test(TestArguments),
+
+    /// Measure lepton-vmm, as it is shipped, beside other VMMs, and write a report.
+    ///
+    /// QEMU's microvm machine is always compared with; others are named with --peer. The report is
+    /// target/bench/report.html, its numbers are target/bench/results.json.
+    #[command(
+        after_help = "Example: cargo xtask bench --only start --peer firecracker=/usr/bin/firecracker"
+    )]
+    Bench(BenchArguments),
 
     /// Run a command in a software-emulated KVM host.
     ///
@@ -156,6 +166,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     match arguments.command {
         Command::Run(arguments) => run_guest(arguments),
         Command::Test(arguments) => check::run(arguments.fast, arguments.release, &arguments.only),
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Lab(arguments) => run_lab(arguments),
         Command::Guest(arguments) => guest::run(arguments),
         Command::Selftest(arguments) => selftest::run(&arguments),

@@ -1,5 +1,6 @@
 //! `cargo xtask`: the one entry point for people and CI. See [`cli`] for what it offers.
 
+mod bench;
 mod cache;
 mod check;
 mod cli;

@@ -127,13 +127,15 @@ impl Elf {
             image.extend(segment.kind.to_le_bytes());
             image.extend(ALL.to_le_bytes());
             let length = segment.bytes.len() as u64;
+            // A note's alignment is that of its parts, which QEMU takes at its word.
+            let alignment = if segment.kind == PT_NOTE { 4 } else { 0x1000 };
             for field in [
                 offset as u64,
                 segment.address,
                 segment.address,
                 length,
                 length,
-                0x1000,
+                alignment,
             ] {
                 image.extend(field.to_le_bytes());
             }

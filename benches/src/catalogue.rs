@@ -1,0 +1,197 @@
+//! The list of all benchmarks and of the figures they give.
+
+use crate::measure::{self, Case, Context};
+
+/// Whether more is better.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Better {
+    /// Less is better.
+    Lower,
+    /// More is better.
+    Higher,
+}
+
+/// A quantity that is measured on every side.
+#[derive(Debug, Clone, Copy)]
+pub struct FigureKind {
+    /// Its name in results: the benchmark's, a dot, its own.
+    pub id: &'static str,
+    /// What it is, in words.
+    pub title: &'static str,
+    /// Its unit.
+    pub unit: &'static str,
+    /// Whether more is better.
+    pub better: Better,
+    /// What grows along the plot, if the figure is a curve.
+    pub axis: Option<&'static str>,
+}
+
+const fn lower(id: &'static str, title: &'static str, unit: &'static str) -> FigureKind {
+    FigureKind {
+        id,
+        title,
+        unit,
+        better: Better::Lower,
+        axis: None,
+    }
+}
+
+/// A benchmark: what is run together, round by round.
+#[derive(Clone, Copy)]
+pub struct Benchmark {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// Rounds unless asked otherwise.
+    pub rounds: u32,
+    /// Its figures.
+    pub figures: &'static [FigureKind],
+    /// What is done in each round.
+    pub cases: for<'a> fn(&'a Context) -> Vec<Case<'a>>,
+}
+
+/// All of them, in the order in which they run.
+pub const BENCHMARKS: &[Benchmark] = &[
+    Benchmark {
+        name: "start",
+        rounds: 100,
+        figures: &[
+            lower("start.socket", "Process start to API socket", "ms"),
+            lower(
+                "start.first-instruction",
+                "Process start to first guest instruction, configured by file, 128 MiB",
+                "ms",
+            ),
+            lower(
+                "start.api-128m",
+                "Start request over the API to first guest instruction, 128 MiB",
+                "ms",
+            ),
+            lower(
+                "start.api-4g",
+                "Start request over the API to first guest instruction, 4 GiB",
+                "ms",
+            ),
+            lower(
+                "start.life",
+                "Process start to its end, of a guest that resets at once",
+                "ms",
+            ),
+        ],
+        cases: measure::start::cases,
+    },
+    Benchmark {
+        name: "weight",
+        rounds: 11,
+        figures: &[
+            lower(
+                "weight.bare",
+                "Resident beyond guest memory, no devices",
+                "KiB",
+            ),
+            lower(
+                "weight.drive",
+                "Resident beyond guest memory, one drive",
+                "KiB",
+            ),
+            lower(
+                "weight.devices",
+                "Resident beyond guest memory, a drive, an interface and vsock",
+                "KiB",
+            ),
+            lower("weight.program", "Size of the program's file", "KiB"),
+        ],
+        cases: measure::weight::cases,
+    },
+    Benchmark {
+        name: "boot",
+        rounds: 11,
+        figures: &[
+            lower(
+                "boot.init",
+                "Process start to the first output of a Linux guest's init",
+                "ms",
+            ),
+            lower(
+                "boot.end",
+                "Process start to its end, of a Linux guest whose init ends",
+                "ms",
+            ),
+        ],
+        cases: measure::boot::cases,
+    },
+];
+
+/// Name and one line about each benchmark: what `cargo xtask bench` knows of them before it has built this.
+const LINES: &str = include_str!("../benchmarks.txt");
+
+impl Benchmark {
+    /// One line about it.
+    pub fn about(&self) -> &'static str {
+        let mut lines = LINES.lines().filter_map(|line| line.split_once(": "));
+        lines
+            .find(|(name, _)| *name == self.name)
+            .map_or("", |(_, about)| about)
+    }
+}
+
+/// The names of all benchmarks.
+pub fn names() -> Vec<&'static str> {
+    BENCHMARKS.iter().map(|benchmark| benchmark.name).collect()
+}
+
+/// The benchmark of that name; an error that lists the names.
+pub fn parse_name(text: &str) -> Result<&'static str, String> {
+    let found = names().into_iter().find(|name| *name == text);
+    found.ok_or_else(|| {
+        format!(
+            "there is no benchmark {text:?}; benchmarks are {}",
+            names().join(", ")
+        )
+    })
+}
+
+/// The figure of that id.
+pub fn figure(id: &str) -> Option<&'static FigureKind> {
+    let mut all = BENCHMARKS.iter().flat_map(|benchmark| benchmark.figures);
+    all.find(|figure| figure.id == id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_named_after_their_benchmarks() {
+        let mut seen = std::collections::BTreeSet::new();
+        for benchmark in BENCHMARKS {
+            for figure in benchmark.figures {
+                let rest = figure.id.strip_prefix(benchmark.name);
+                assert!(
+                    rest.is_some_and(|rest| rest.starts_with('.')),
+                    "{}",
+                    figure.id
+                );
+                assert!(seen.insert(figure.id), "{} twice", figure.id);
+            }
+        }
+    }
+
+    #[test]
+    fn the_lines_are_about_the_benchmarks() {
+        let lines = LINES.lines().filter_map(|line| line.split_once(": "));
+        assert_eq!(lines.map(|(name, _)| name).collect::<Vec<_>>(), names());
+    }
+
+    #[test]
+    fn a_wrong_name_is_answered_with_all_names() {
+        assert_eq!(parse_name("start"), Ok("start"));
+        let error = parse_name("strat").unwrap_err();
+        assert!(
+            error.contains("strat") && error.contains("start, weight"),
+            "{error}"
+        );
+    }
+}
