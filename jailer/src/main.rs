@@ -1,10 +1,67 @@
-//! `lepton-jailer`: not there yet. It says so, rather than start a machine that is thought to be confined and is not.
+//! `lepton-jailer`: starts lepton-vmm in a jail, by Firecracker's jailer's command line.
+
+mod cgroup;
+mod cli;
+mod clock;
+mod detach;
+mod error;
+mod folder;
+mod jail;
+mod keeper;
+mod limits;
+mod plan;
+mod privileges;
+mod process;
+mod report;
+mod root;
+mod tree;
 
 use std::process::ExitCode;
 
+use clap::Parser;
+use clap::error::ErrorKind;
+
+use cli::Cli;
+use clock::Clock;
+use detach::Session;
+use error::JailError;
+use plan::Plan;
+
 fn main() -> ExitCode {
-    eprintln!(
-        "lepton-jailer: this version has no jailer; start lepton-vmm itself, confined by other means"
-    );
-    ExitCode::FAILURE
+    let clock = Clock::start();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Nothing is left to do if the message cannot be written.
+            drop(error.print());
+            return match error.kind() {
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
+                _ => ExitCode::FAILURE,
+            };
+        }
+    };
+    match run(cli, clock) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lepton-jailer: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli, clock: Clock) -> Result<(), JailError> {
+    const FIRST_AFTER_STREAMS: i32 = 3;
+    process::close_all_but(FIRST_AFTER_STREAMS, []).map_err(JailError::Inherited)?;
+    let session = match (cli.daemonize, cli.new_pid_ns) {
+        (true, _) => Some(Session::New),
+        (false, true) => Some(Session::Same),
+        (false, false) => None,
+    };
+    let plan = Plan::open(cli)?;
+    match session {
+        None => jail::start(plan, clock, &mut None),
+        Some(session) => detach::elsewhere(session, clock.before_fork(), |clock, waiting| {
+            jail::start(plan, clock, waiting)
+        }),
+    }
 }

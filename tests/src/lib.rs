@@ -3,6 +3,7 @@
 //! - [`suite`]: a test program's list of tests, and what each needs of the host. A test whose need is not met is
 //!   skipped, says so on a line that begins with `SKIPPED:`, and counts as ignored.
 //! - [`vmm`]: a `lepton-vmm` in a directory of its own, its API, its output, its end.
+//! - [`jail`]: the same in a jail of `lepton-jailer`.
 //! - [`guest`]: kernels of a few instructions, made without an assembler. `native_*` tests run them on any KVM.
 //! - [`metal`]: programs for bare metal, from `tests/guests/`. `native_*` tests run them on any KVM, too.
 //! - [`linux`]: our Linux guest with its agent. `lab_*` tests run it, on a KVM with nested paging.
@@ -13,6 +14,7 @@ pub mod api;
 pub mod capture;
 pub mod guest;
 pub mod host_socket;
+pub mod jail;
 pub mod linux;
 pub mod metal;
 pub mod programs;

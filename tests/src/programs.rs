@@ -14,6 +14,12 @@ pub fn vmm() -> &'static Path {
     })
 }
 
+/// The jailer: `$LEPTON_JAILER`. It runs only static programs, so no other one will do.
+pub fn jailer() -> &'static Path {
+    static JAILER: OnceLock<PathBuf> = OnceLock::new();
+    JAILER.get_or_init(|| PathBuf::from(std::env::var_os("LEPTON_JAILER").unwrap_or_default()))
+}
+
 /// Builds a program into the target directory in which this test program lies.
 fn build(package: &str) -> PathBuf {
     let here = std::env::current_exe().expect("a test program has a path");

@@ -11,8 +11,10 @@ enum May {
 
 fn rule(package: &str) -> Option<May> {
     Some(match package {
-        "lepton-api" | "lepton-hostio" | "lepton-snapshot" | "lepton-jailer" | "lepton-agent"
-        | "xtask" => May::Use(&[]),
+        "lepton-api" | "lepton-hostio" | "lepton-snapshot" | "lepton-agent" | "xtask" => {
+            May::Use(&[])
+        }
+        "lepton-jailer" => May::Use(&["lepton-hostio"]),
         "lepton-devices" => May::Use(&["lepton-hostio", "lepton-snapshot"]),
         "lepton-vmm" => May::Use(&[
             "lepton-api",

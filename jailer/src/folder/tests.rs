@@ -1,0 +1,125 @@
+use std::os::unix::fs::{MetadataExt, symlink};
+
+use super::*;
+
+fn name(text: &str) -> &OsStr {
+    OsStr::new(text)
+}
+
+fn opened() -> (tempfile::TempDir, Folder) {
+    let directory = tempfile::tempdir().unwrap();
+    let folder = Folder::open(directory.path()).unwrap();
+    (directory, folder)
+}
+
+#[test]
+fn what_was_made_goes_and_what_was_there_stays() {
+    let (directory, folder) = opened();
+    std::fs::create_dir(directory.path().join("old")).unwrap();
+    let mut made = Made::default();
+    let old = folder.enter_or_make(name("old"), 0o755, &mut made).unwrap();
+    let new = old.enter_or_make(name("new"), 0o755, &mut made).unwrap();
+    drop(new.create(name("file"), 0o644, &mut made).unwrap());
+    assert!(directory.path().join("old/new/file").exists());
+    drop(made);
+    assert!(directory.path().join("old").exists());
+    assert!(!directory.path().join("old/new").exists());
+}
+
+#[test]
+fn what_is_kept_stays() {
+    let (directory, folder) = opened();
+    let mut made = Made::default();
+    folder.enter_or_make(name("new"), 0o755, &mut made).unwrap();
+    made.keep();
+    assert!(directory.path().join("new").exists());
+}
+
+#[test]
+fn no_link_is_followed() {
+    let (directory, folder) = opened();
+    let outside = tempfile::tempdir().unwrap();
+    std::fs::write(outside.path().join("file"), "untouched").unwrap();
+    symlink(outside.path(), directory.path().join("folder")).unwrap();
+    symlink(outside.path().join("file"), directory.path().join("file")).unwrap();
+    let mut made = Made::default();
+    let is_refused = |result: Option<FolderError>| matches!(result, Some(FolderError::Symlink(_)));
+    assert!(is_refused(folder.enter(name("folder")).err()));
+    assert!(is_refused(
+        folder.enter_or_make(name("folder"), 0o755, &mut made).err()
+    ));
+    assert!(is_refused(folder.read(name("file")).err()));
+    assert!(is_refused(folder.write(name("file"), "changed").err()));
+    let refused = folder.create(name("file"), 0o644, &mut made).err();
+    assert!(
+        matches!(refused, Some(FolderError::Exists(_))),
+        "{refused:?}"
+    );
+    assert!(is_refused(
+        folder.replace(name("file"), 0o644, &mut made).err()
+    ));
+    let text = std::fs::read_to_string(outside.path().join("file")).unwrap();
+    assert_eq!(text, "untouched");
+    assert!(made.is_empty());
+}
+
+#[test]
+fn nothing_leads_out() {
+    let (directory, folder) = opened();
+    std::fs::create_dir(directory.path().join("in")).unwrap();
+    let inner = folder.enter(name("in")).unwrap();
+    for bad in ["..", "../in", "/", "/etc"] {
+        assert!(inner.enter(name(bad)).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn a_file_of_two_names_is_not_replaced() {
+    let (directory, folder) = opened();
+    let path = |name: &str| directory.path().join(name);
+    std::fs::write(path("file"), "old").unwrap();
+    std::fs::hard_link(path("file"), path("other")).unwrap();
+    let refused = folder
+        .replace(name("file"), 0o644, &mut Made::default())
+        .err();
+    assert!(
+        matches!(refused, Some(FolderError::HardLink(_))),
+        "{refused:?}"
+    );
+    std::fs::remove_file(path("other")).unwrap();
+    let mut made = Made::default();
+    let mut file = folder.replace(name("file"), 0o644, &mut made).unwrap();
+    file.write_all(b"new").unwrap();
+    made.keep();
+    assert_eq!(std::fs::read_to_string(path("file")).unwrap(), "new");
+}
+
+#[test]
+fn a_file_put_in_the_place_of_the_program_is_not_run() {
+    let (directory, folder) = opened();
+    let path = directory.path().join("program");
+    let mut made = Made::default();
+    let file = folder.create(name("program"), 0o755, &mut made).unwrap();
+    folder.runnable(name("program"), &file).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, "another").unwrap();
+    let refused = folder.runnable(name("program"), &file).err();
+    assert!(
+        matches!(refused, Some(FolderError::Changed(_))),
+        "{refused:?}"
+    );
+}
+
+#[test]
+fn a_folder_is_given_away_alone() {
+    let (directory, folder) = opened();
+    let meta = std::fs::metadata(directory.path()).unwrap();
+    let owner = Owner {
+        uid: Uid::from_raw(meta.uid()),
+        gid: Gid::from_raw(meta.gid()),
+    };
+    std::fs::create_dir(directory.path().join("in")).unwrap();
+    folder.enter(name("in")).unwrap().give_to(owner).unwrap();
+    let meta = std::fs::metadata(directory.path().join("in")).unwrap();
+    assert_eq!(meta.mode() & 0o7777, 0o700);
+}

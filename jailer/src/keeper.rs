@@ -1,0 +1,156 @@
+//! Whoever stays behind when the jailer's process becomes the VMM: removes what must not be left.
+//!
+//! If the VMM cannot be started, that is all that was made, which the process itself cannot remove any more: it has no
+//! privileges then. At the VMM's end, whatever that was, it is the VMM's control groups.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::process::exit;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, PidfdFlags, WaitOptions, chdir, getpid, pidfd_open, setsid, waitpid};
+
+use crate::folder::Made;
+use crate::privileges;
+use crate::process::{self, Side};
+use crate::report::{self, Outcome, Reporter};
+
+/// How long a group may still be in use after its last process has ended: the kernel clears up behind it.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What was made: files of the jail, the VMM's control groups, and groups above those.
+#[derive(Default)]
+pub struct AllMade {
+    /// Below the jail's folder.
+    pub files: Made,
+    /// The VMM's own.
+    pub groups: Made,
+    /// Which others may use by now.
+    pub parents: Made,
+}
+
+impl AllMade {
+    /// Lets everything stay.
+    pub fn keep(self) {
+        let Self {
+            files,
+            groups,
+            parents,
+        } = self;
+        files.keep();
+        groups.keep();
+        parents.keep();
+    }
+}
+
+/// The way from the process that becomes the VMM to its keeper.
+pub struct Keeper {
+    reporter: Reporter,
+    files_gone: File,
+}
+
+impl Keeper {
+    /// Leaves a keeper behind for this process, which must not have joined a group yet.
+    pub fn leave(made: AllMade) -> io::Result<Self> {
+        let (reporter, outcome) = report::pair()?;
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+        let pidfd = pidfd_open(getpid(), PidfdFlags::empty())?;
+        match process::fork()? {
+            Side::Child => {
+                // Once more, so that the VMM has no child that it knows nothing of.
+                let status = match process::fork() {
+                    Ok(Side::Child) => keep(made, outcome, writer, pidfd),
+                    Ok(Side::Parent(_)) => 0,
+                    Err(_) => 1,
+                };
+                exit(status)
+            }
+            Side::Parent(child) => {
+                let status = wait_for(child)?;
+                if status != 0 {
+                    return Err(io::Error::other("cannot fork"));
+                }
+                made.keep();
+                Ok(Self {
+                    reporter,
+                    files_gone: reader.into(),
+                })
+            }
+        }
+    }
+
+    /// Says that the VMM is about to run. Whatever ends this process from now on is the VMM's end.
+    pub fn ready(&mut self) {
+        self.reporter.ready();
+    }
+
+    /// Lets the keeper remove what was made. Groups go when this process has ended.
+    pub fn clear(mut self) {
+        self.reporter.failed("not started");
+        // The keeper's end of the pipe closes when the files are gone.
+        drop(self.files_gone.read(&mut [0]));
+    }
+}
+
+fn wait_for(child: Pid) -> io::Result<i32> {
+    loop {
+        match waitpid(Some(child), WaitOptions::empty()) {
+            Ok(Some((_, status))) => return Ok(status.exit_status().unwrap_or(1)),
+            Ok(None) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// The keeper's life. Returns its exit status.
+fn keep(mut made: AllMade, outcome: Outcome, files_gone: OwnedFd, pidfd: OwnedFd) -> i32 {
+    let needed = [
+        outcome.as_raw_fd(),
+        files_gone.as_raw_fd(),
+        pidfd.as_raw_fd(),
+    ];
+    let held = [&made.files, &made.groups, &made.parents];
+    let held = held.into_iter().flat_map(Made::descriptors);
+    // Should that fail, there are more descriptors than needed; what has to be done can be done all the same.
+    drop(detach(needed.into_iter().chain(held)));
+    match outcome.wait() {
+        Ok(()) => {
+            std::mem::take(&mut made.files).keep();
+            std::mem::take(&mut made.parents).keep();
+        }
+        Err(_) => drop(std::mem::take(&mut made.files)),
+    }
+    drop(files_gone);
+    remove_groups_after(&pidfd, made);
+    0
+}
+
+/// Waits for the end of a process, then removes its groups.
+pub fn remove_groups_after(pidfd: &OwnedFd, mut made: AllMade) {
+    if made.groups.is_empty() {
+        return;
+    }
+    // Who has not even that, as a user without root, needs no privilege for groups of its own.
+    drop(privileges::keep_removal_of_groups());
+    loop {
+        match poll(&mut [PollFd::new(pidfd, PollFlags::IN)], None) {
+            Ok(_) => break,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return made.keep(),
+        }
+    }
+    made.groups.remove(PATIENCE);
+    made.parents.remove(PATIENCE);
+}
+
+/// Lets go of everything that the jailer was started with: signals, session, folder, descriptors.
+pub fn detach(kept: impl Iterator<Item = i32>) -> io::Result<()> {
+    process::block_all_signals()?;
+    // Fails if this process leads a session, which then is its own.
+    let _ = setsid();
+    chdir("/")?;
+    process::close_all_but(0, kept)
+}

@@ -1,0 +1,106 @@
+//! Processes: the calls for which there is no safe wrapper.
+#![allow(unsafe_code)] // fork, clone, execveat, close_range, unshare and signals
+
+use std::ffi::{CStr, CString, c_char};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::ptr;
+
+use rustix::process::Pid;
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+/// Which of the two processes after a fork this is.
+pub enum Side {
+    /// The new one.
+    Child,
+    /// The old one, and the new one's id.
+    Parent(Pid),
+}
+
+fn side(result: i64) -> io::Result<Side> {
+    let raw = i32::try_from(result).unwrap_or(-1);
+    match raw {
+        ..0 => Err(io::Error::last_os_error()),
+        raw => Ok(Pid::from_raw(raw).map_or(Side::Child, Side::Parent)),
+    }
+}
+
+/// Makes a copy of this process.
+pub fn fork() -> io::Result<Side> {
+    // SAFETY: the jailer never starts a thread, so the child has all of the state that any code expects.
+    side(i64::from(unsafe { libc::fork() }))
+}
+
+/// Makes a copy of this process in new namespaces, given as CLONE_NEW* flags.
+pub fn fork_into(namespaces: libc::c_int) -> io::Result<Side> {
+    let flags = libc::c_long::from(namespaces | libc::SIGCHLD);
+    // SAFETY: without CLONE_VM and with no stack given this is a fork, in a process that never starts a thread. What
+    // the C library would have done around its own fork concerns locks of other threads and its cached ids, which
+    // nothing here uses.
+    side(unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) })
+}
+
+/// Gives this process a mount namespace of its own.
+pub fn unshare_mounts() -> io::Result<()> {
+    // SAFETY: only CLONE_FILES could take descriptors away from somebody.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.map_err(io::Error::from)
+}
+
+/// Runs the program `file` with these arguments and no environment. Returns only if it cannot.
+pub fn run(file: BorrowedFd<'_>, arguments: &[CString]) -> io::Error {
+    let mut pointers: Vec<*const c_char> = arguments.iter().map(|text| text.as_ptr()).collect();
+    pointers.push(ptr::null());
+    let environment = [ptr::null::<c_char>()];
+    let empty: &CStr = c"";
+    // SAFETY: the descriptor is open, the strings end in NUL and the lists in a null pointer, and all outlive the call.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            file.as_raw_fd(),
+            empty.as_ptr(),
+            pointers.as_ptr(),
+            environment.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        );
+    }
+    io::Error::last_os_error()
+}
+
+/// Closes all descriptors from `first` on but those of `kept`.
+///
+/// To be called where every other descriptor is either a stranger's or never used again.
+pub fn close_all_but(first: RawFd, kept: impl IntoIterator<Item = RawFd>) -> io::Result<()> {
+    let mut kept: Vec<RawFd> = kept.into_iter().filter(|fd| *fd >= first).collect();
+    kept.sort_unstable();
+    let mut next = first.cast_unsigned();
+    let ends = kept.iter().map(|fd| fd.cast_unsigned());
+    for end in ends.chain([libc::c_uint::MAX]) {
+        let last = if end == libc::c_uint::MAX {
+            end
+        } else {
+            end.saturating_sub(1)
+        };
+        if next <= last && next < end {
+            // SAFETY: by this function's contract nobody uses these descriptors any more.
+            if unsafe { libc::syscall(libc::SYS_close_range, next, last, 0) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        next = end.saturating_add(1);
+    }
+    Ok(())
+}
+
+/// Holds all signals back for good, but those that cannot be.
+pub fn block_all_signals() -> io::Result<()> {
+    // SAFETY: a sigset_t is plain data, which sigfillset writes and sigprocmask reads.
+    let result = unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::sigprocmask(libc::SIG_BLOCK, &all, ptr::null_mut())
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

@@ -1,0 +1,50 @@
+//! The jail: what the VMM in it is, has and leaves, and what the jailer refuses.
+
+mod attack;
+mod refused;
+mod root;
+
+use std::process::ExitCode;
+
+use lepton_tests::suite::{self, Need, Order};
+use lepton_tests::test;
+
+use attack::*;
+use refused::*;
+use root::*;
+
+fn main() -> ExitCode {
+    suite::run(
+        Order::Together,
+        // Both are static programs then: no other runs in a jail.
+        &[Need::File("LEPTON_JAILER"), Need::File("LEPTON_VMM")],
+        [
+            test!(version_and_help),
+            test!(what_the_command_line_cannot_mean),
+            test!(what_is_not_there).needs(Need::Root),
+            test!(a_jail_that_is_there_already).needs(Need::Root),
+            test!(a_program_that_cannot_be_run_leaves_nothing).needs(Need::Root),
+            test!(a_group_that_cannot_be_leaves_nothing).needs(Need::Root),
+            test!(a_guest_boots_through_the_api)
+                .needs(Need::Root)
+                .needs(Need::Kvm),
+            test!(arguments_are_passed_on)
+                .needs(Need::Root)
+                .needs(Need::Kvm),
+            test!(the_folder_is_laid_out_as_documented).needs(Need::Root),
+            test!(the_vmm_has_no_privileges).needs(Need::Root),
+            test!(nothing_is_inherited).needs(Need::Root),
+            test!(limits_are_set).needs(Need::Root),
+            test!(groups_have_their_values_and_go_with_the_vmm).needs(Need::Root),
+            test!(a_daemon_has_no_terminal).needs(Need::Root),
+            test!(a_pid_namespace_of_its_own).needs(Need::Root),
+            test!(a_daemon_with_both).needs(Need::Root),
+            test!(a_given_network)
+                .needs(Need::Root)
+                .needs(Need::Program("ip")),
+            test!(cve_2026_1386_symlink_in_the_jailers_way).needs(Need::Root),
+            test!(cve_2026_1386_hard_link_in_the_programs_place).needs(Need::Root),
+            test!(cve_2026_1386_symlink_swapped_in_under_the_jailer).needs(Need::Root),
+        ],
+    )
+}
