@@ -10,7 +10,7 @@ use crate::sandbox::Sandbox;
 
 const MARK: u8 = 0xa5;
 /// Ticks in which a device that still writes after its reset would be seen to.
-const QUIET: u64 = 400_000;
+const QUIET: u64 = 2_000_000;
 
 /// One round.
 pub fn attack(raw: &mut Raw, sandbox: &Sandbox, random: &mut Random) -> u64 {
@@ -27,8 +27,9 @@ pub fn attack(raw: &mut Raw, sandbox: &Sandbox, random: &mut Random) -> u64 {
 fn reset_under_load(raw: &mut Raw, sandbox: &Sandbox, random: &mut Random) -> u64 {
     let size = random.one_of(&[4096, 65536, 1 << 18]);
     let data = sandbox.data().part(0, size * 8);
-    let header = sandbox.some(random, 16);
-    header.fill(0);
+    let headers = sandbox.some(random, 16 * 8);
+    headers.fill(0);
+    let sectors = raw.device().config64(0).max(size / 512);
     let mut cases = 1;
     for index in 0..raw.queue_count() {
         let is_drive = raw.kind() == 2;
@@ -37,8 +38,9 @@ fn reset_under_load(raw: &mut Raw, sandbox: &Sandbox, random: &mut Random) -> u6
         for part in 0..8 {
             let buffer = Descriptor::of(data.part(part * size, size), WRITE);
             let fits = match is_drive {
-                // A read of the first sectors.
                 true => {
+                    let header = headers.part(part * 16, 16);
+                    header.put(8, random.below(sectors - size / 512 + 1));
                     let status = Descriptor::of(sandbox.some(random, 1), WRITE);
                     chains.add(queue, &[Descriptor::of(header, 0), buffer, status])
                 }
