@@ -18,13 +18,19 @@ use super::interrupt::Interrupt;
 use super::state::QueuePosition;
 use crate::Memory;
 
+/// Most descriptors in a chain. A driver must not make one longer than the queue, in an indirect table neither (VIRTIO
+/// 1.3, 2.7.5.3.1), but those with short queues do; twice what fits in one call of the host's kernel is beyond them all.
+/// A table of 65535 would cost a mebibyte for each request in flight.
+const MAX_CHAIN: u16 = 2048;
+
 /// What the driver did wrong with a queue.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
     /// The ring itself is out of bounds or inconsistent.
     #[error("{0}")]
     Ring(#[from] virtio_queue::Error),
-    /// A chain has no end, no descriptor, a bad next or indirect table, or more than 2^32 bytes.
+    /// A chain has no end, no descriptor, a bad next or indirect table, more than 2^32 bytes, or more than
+    /// [`MAX_CHAIN`] descriptors.
     #[error("descriptor chain {head} is malformed")]
     Malformed {
         /// The chain's head.
@@ -308,7 +314,9 @@ impl VirtQueue {
         };
         // The iterator ends without a word on a malformed chain; only the last descriptor's flag tells.
         let mut ended = false;
+        let mut left = MAX_CHAIN;
         for descriptor in descriptors {
+            left = left.checked_sub(1).ok_or(QueueError::Malformed { head })?;
             let (addr, len) = (descriptor.addr(), descriptor.len());
             if len > 0 && !is_in_memory(memory, addr, len) {
                 return Err(QueueError::OutsideMemory {

@@ -99,3 +99,18 @@ fn with_event_index_the_driver_says_when() {
     assert_eq!(driver.interrupts(), 1);
     assert_eq!(queue.position().next_used, 1);
 }
+
+#[test]
+fn a_chain_of_more_descriptors_than_any_driver_needs_is_malformed() {
+    for (length, is_good) in [(2048, true), (2049, false), (65_535, false)] {
+        let (mut driver, mut queue) = pair(false);
+        let table = driver.alloc(length * 16);
+        let buffers = vec![driver.readable(b"x"); length];
+        driver.queues[0].offer_indirect(table, &buffers);
+        match (queue.pop(), is_good) {
+            (Ok(Some(chain)), true) => assert_eq!(chain.readable.len(), length as u64),
+            (Err(QueueError::Malformed { .. }), false) => {}
+            (other, _) => panic!("{length} descriptors: {other:?}"),
+        }
+    }
+}

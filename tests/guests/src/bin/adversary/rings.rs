@@ -2,7 +2,8 @@
 
 use guest::memory::Region;
 use guest::random::Random;
-use guest::virtio::queue::{Descriptor, INDIRECT};
+use guest::virtio::INDIRECT_DESC;
+use guest::virtio::queue::{Descriptor, INDIRECT, WRITE};
 
 use crate::raw::{Raw, RawQueue};
 use crate::sandbox::Sandbox;
@@ -13,6 +14,9 @@ const PATIENCE: u64 = 1_000_000;
 /// One round: a device's queue filled with nonsense, and a kick.
 pub fn attack(raw: &mut Raw, sandbox: &Sandbox, random: &mut Random) -> u64 {
     raw.ensure_active(random);
+    if raw.kind() == 2 && raw.features & INDIRECT_DESC != 0 && random.once_in(4) {
+        return long_chains(raw, sandbox, random);
+    }
     let index = random.below(raw.queue_count() as u64) as usize;
     let queue = raw.queue(index);
     let before = queue.index;
@@ -100,4 +104,34 @@ fn change(queue: &mut RawQueue, sandbox: &Sandbox, random: &mut Random) {
             .avail
             .put(4 + place * 2, sandbox.index(random, queue.size));
     }
+}
+
+/// Reads in pieces, as many as an indirect table can name: work and memory for the device out of all proportion to the
+/// driver's own.
+fn long_chains(raw: &mut Raw, sandbox: &Sandbox, random: &mut Random) -> u64 {
+    let entries = random.one_of(&[257, 1025, 2048, 2049, 65_535]);
+    let table = sandbox.data().part(0, entries * Descriptor::SIZE);
+    let header = sandbox.data().part(2 << 20, 16);
+    header.fill(0);
+    let data = sandbox.data().part(3 << 20, 8192);
+    let pieces = (entries - 2) / 4 * 4;
+    for piece in 1..=pieces {
+        let part = data.part((piece - 1) % 64 * 128, 128);
+        Descriptor::of(part, WRITE)
+            .then(piece as u16 + 1)
+            .store(table, piece as u16);
+    }
+    Descriptor::of(header, 0).then(1).store(table, 0);
+    Descriptor::of(data.part(0, 1), WRITE).store(table, pieces as u16 + 1);
+    let queue = raw.queue(0);
+    let before = queue.index;
+    for head in 0..queue.size {
+        Descriptor::of(table, INDIRECT).store(queue.table, head);
+        queue.offer(head);
+    }
+    raw.publish(0);
+    let outcome = raw.wait(0, before, 10 * PATIENCE, |_| ());
+    // Whatever is left is over with a reset.
+    raw.forget();
+    outcome.cases().max(1)
 }
