@@ -4,6 +4,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::catalogue::{self, Better};
+use crate::number;
+use crate::report::ratio_text;
 use crate::results::Figure;
 use crate::stats::Ratio;
 
@@ -24,6 +26,9 @@ const fn bar(figure: &'static str, against: &'static str, bound: f64) -> Bar {
     }
 }
 
+/// In the place of another side: the bound is of our value, not of a ratio.
+const ITSELF: &str = "itself";
+
 const BARS: &[Bar] = &[
     bar("start.socket", "firecracker", 0.8),
     bar("start.api-128m", "floor-split", 1.5),
@@ -32,6 +37,19 @@ const BARS: &[Bar] = &[
     bar("start.life", "floor-split", 1.15),
     bar("start.life", "firecracker", 0.55),
     bar("weight.devices", "firecracker", 0.6),
+    bar("density.rate", "firecracker", 2.0),
+    bar("density.idle-cpu", ITSELF, 1.0),
+    bar("exits.port-write", "floor-split", 1.05),
+    bar("exits.mmio-write", "floor-split", 1.05),
+    bar("exits.mmio-read", "floor-split", 1.05),
+    bar("blk.read-1-sync", "firecracker", 1.3),
+    bar("blk.read-1-async", "firecracker", 1.3),
+    bar("blk.read-32-sync", "firecracker", 1.3),
+    bar("blk.read-32-async", "firecracker", 1.3),
+    bar("blk.large-sync", "firecracker", 1.3),
+    bar("blk.large-async", "firecracker", 1.3),
+    bar("blk.read-32-sync-cpu", "firecracker", 1.0),
+    bar("blk.read-32-async-cpu", "firecracker", 1.0),
 ];
 
 /// How a bar was met.
@@ -60,12 +78,22 @@ pub struct Verdict {
     pub at: Option<f64>,
     /// Whether the ratio has to be at most or at least [`Verdict::bound`].
     pub better: Better,
-    /// The wanted ratio of ours to the other side's.
+    /// The wanted ratio of ours to the other side's; where that is `itself`, the wanted value.
     pub bound: f64,
-    /// What was measured.
+    /// The measured ratio.
     pub ratio: Option<Ratio>,
+    /// The measured median of ours, where that has the bound.
+    pub value: Option<f64>,
     /// How the bar was met.
     pub outcome: Outcome,
+}
+
+impl Verdict {
+    /// What was measured, as text; empty if nothing was.
+    pub fn measured(&self) -> String {
+        let ratio = self.ratio.as_ref().map(ratio_text);
+        ratio.or(self.value.map(number)).unwrap_or_default()
+    }
 }
 
 /// Judges the figures of the benchmarks that were run.
@@ -74,10 +102,17 @@ pub fn judge(figures: &[Figure]) -> Vec<Verdict> {
         let kind = catalogue::figure(bar.figure)?;
         let figure = figures.iter().find(|figure| figure.id == bar.figure)?;
         let ratio = figure.against(bar.against, bar.at).copied();
-        let outcome = match (ratio, kind.better) {
+        let value = match bar.against {
+            ITSELF => figure
+                .ours(bar.at)
+                .and_then(|cell| cell.summary)
+                .map(|summary| summary.p50),
+            _ => None,
+        };
+        let outcome = match (ratio.map(|ratio| ratio.median).or(value), kind.better) {
             (None, _) => Outcome::NotMeasured,
-            (Some(ratio), Better::Lower) if ratio.median <= bar.bound => Outcome::Held,
-            (Some(ratio), Better::Higher) if ratio.median >= bar.bound => Outcome::Held,
+            (Some(median), Better::Lower) if median <= bar.bound => Outcome::Held,
+            (Some(median), Better::Higher) if median >= bar.bound => Outcome::Held,
             (Some(_), _) => Outcome::Missed,
         };
         Some(Verdict {
@@ -88,6 +123,7 @@ pub fn judge(figures: &[Figure]) -> Vec<Verdict> {
             better: kind.better,
             bound: bar.bound,
             ratio,
+            value,
             outcome,
         })
     };
@@ -128,5 +164,19 @@ mod tests {
         assert_eq!(outcome(0.8, Some(1.0)), Outcome::Held);
         assert_eq!(outcome(0.81, Some(1.0)), Outcome::Missed);
         assert_eq!(outcome(0.81, None), Outcome::NotMeasured);
+    }
+
+    #[test]
+    fn a_bound_can_be_of_the_value_itself() {
+        let mut figure = Figure::new("density", catalogue::figure("density.idle-cpu").unwrap());
+        let sample = Sample {
+            round: 0,
+            value: 1.5,
+        };
+        figure.cell("lepton", None).samples.push(sample);
+        figure.conclude();
+        let verdict = judge(&[figure]).remove(0);
+        assert_eq!(verdict.outcome, Outcome::Missed);
+        assert_eq!(verdict.measured(), "1.5");
     }
 }

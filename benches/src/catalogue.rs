@@ -39,6 +39,25 @@ const fn lower(id: &'static str, title: &'static str, unit: &'static str) -> Fig
     }
 }
 
+const fn higher(id: &'static str, title: &'static str, unit: &'static str) -> FigureKind {
+    FigureKind {
+        better: Better::Higher,
+        ..lower(id, title, unit)
+    }
+}
+
+const fn curve(
+    id: &'static str,
+    title: &'static str,
+    unit: &'static str,
+    axis: &'static str,
+) -> FigureKind {
+    FigureKind {
+        axis: Some(axis),
+        ..lower(id, title, unit)
+    }
+}
+
 /// A benchmark: what is run together, round by round.
 #[derive(Clone, Copy)]
 pub struct Benchmark {
@@ -104,6 +123,207 @@ pub const BENCHMARKS: &[Benchmark] = &[
             lower("weight.program", "Size of the program's file", "KiB"),
         ],
         cases: measure::weight::cases,
+    },
+    Benchmark {
+        name: "growth",
+        rounds: 11,
+        figures: &[
+            curve(
+                "growth.vcpus-time",
+                "Process start to first guest instruction, by vCPUs",
+                "ms",
+                "vCPUs",
+            ),
+            curve(
+                "growth.vcpus-weight",
+                "Resident beyond guest memory, by vCPUs",
+                "KiB",
+                "vCPUs",
+            ),
+            curve(
+                "growth.drives-time",
+                "Process start to first guest instruction, by drives",
+                "ms",
+                "drives",
+            ),
+            curve(
+                "growth.drives-weight",
+                "Resident beyond guest memory, by drives",
+                "KiB",
+                "drives",
+            ),
+            curve(
+                "growth.interfaces-time",
+                "Process start to first guest instruction, by interfaces",
+                "ms",
+                "interfaces",
+            ),
+            curve(
+                "growth.interfaces-weight",
+                "Resident beyond guest memory, by interfaces",
+                "KiB",
+                "interfaces",
+            ),
+            curve(
+                "growth.memory-time",
+                "Process start to first guest instruction, by memory",
+                "ms",
+                "MiB",
+            ),
+            curve(
+                "growth.memory-weight",
+                "Resident beyond guest memory, by memory",
+                "KiB",
+                "MiB",
+            ),
+        ],
+        cases: measure::growth::cases,
+    },
+    Benchmark {
+        name: "density",
+        rounds: 2,
+        figures: &[
+            higher(
+                "density.rate",
+                "Machines started in a second, one after the other, all kept",
+                "1/s",
+            ),
+            lower(
+                "density.idle-cpu",
+                "Processor time of all of them together, idle",
+                "% of one core",
+            ),
+            lower(
+                "density.memory",
+                "Memory that the host has less, for each machine",
+                "KiB",
+            ),
+        ],
+        cases: measure::density::cases,
+    },
+    Benchmark {
+        name: "exits",
+        rounds: 21,
+        figures: &[
+            lower(
+                "exits.port-write",
+                "Leaving the guest by a port write and coming back",
+                "us",
+            ),
+            lower(
+                "exits.mmio-write",
+                "Leaving the guest by an MMIO write and coming back",
+                "us",
+            ),
+            lower(
+                "exits.mmio-read",
+                "Leaving the guest by an MMIO read and coming back",
+                "us",
+            ),
+            lower(
+                "exits.kick",
+                "An MMIO write caught by an ioeventfd: a queue's kick",
+                "us",
+            ),
+        ],
+        cases: measure::exits::cases,
+    },
+    Benchmark {
+        name: "blk",
+        rounds: 7,
+        figures: &[
+            higher(
+                "blk.read-1-sync",
+                "4 KiB random reads, one at a time, Sync",
+                "ops/s",
+            ),
+            lower(
+                "blk.read-1-sync-cpu",
+                "4 KiB random reads, one at a time, Sync: processor time of the VMM and its guest for each",
+                "us",
+            ),
+            higher(
+                "blk.read-1-async",
+                "4 KiB random reads, one at a time, Async",
+                "ops/s",
+            ),
+            lower(
+                "blk.read-1-async-cpu",
+                "4 KiB random reads, one at a time, Async: processor time of the VMM and its guest for each",
+                "us",
+            ),
+            higher(
+                "blk.read-32-sync",
+                "4 KiB random reads, 32 at a time, Sync",
+                "ops/s",
+            ),
+            lower(
+                "blk.read-32-sync-cpu",
+                "4 KiB random reads, 32 at a time, Sync: processor time of the VMM and its guest for each",
+                "us",
+            ),
+            higher(
+                "blk.read-32-async",
+                "4 KiB random reads, 32 at a time, Async",
+                "ops/s",
+            ),
+            lower(
+                "blk.read-32-async-cpu",
+                "4 KiB random reads, 32 at a time, Async: processor time of the VMM and its guest for each",
+                "us",
+            ),
+            higher(
+                "blk.write-32-sync",
+                "4 KiB random writes, 32 at a time, Sync",
+                "ops/s",
+            ),
+            lower(
+                "blk.write-32-sync-cpu",
+                "4 KiB random writes, 32 at a time, Sync: processor time of the VMM and its guest for each",
+                "us",
+            ),
+            higher(
+                "blk.write-32-async",
+                "4 KiB random writes, 32 at a time, Async",
+                "ops/s",
+            ),
+            lower(
+                "blk.write-32-async-cpu",
+                "4 KiB random writes, 32 at a time, Async: processor time of the VMM and its guest for each",
+                "us",
+            ),
+            higher(
+                "blk.large-sync",
+                "1 MiB sequential reads, 4 at a time, Sync",
+                "MiB/s",
+            ),
+            lower(
+                "blk.large-sync-cpu",
+                "1 MiB sequential reads, 4 at a time, Sync: processor time of the VMM and its guest for each",
+                "us",
+            ),
+            higher(
+                "blk.large-async",
+                "1 MiB sequential reads, 4 at a time, Async",
+                "MiB/s",
+            ),
+            lower(
+                "blk.large-async-cpu",
+                "1 MiB sequential reads, 4 at a time, Async: processor time of the VMM and its guest for each",
+                "us",
+            ),
+            higher(
+                "blk.flush-sync",
+                "4 KiB writes, each followed by a flush, Sync",
+                "ops/s",
+            ),
+            lower(
+                "blk.flush-sync-cpu",
+                "4 KiB writes, each followed by a flush, Sync: processor time of the VMM and its guest for each",
+                "us",
+            ),
+        ],
+        cases: measure::blk::cases,
     },
     Benchmark {
         name: "boot",

@@ -64,6 +64,11 @@ pub fn load() -> String {
     text.trim().to_owned()
 }
 
+/// Memory that programs could still take, in MiB.
+pub fn available_memory_mib() -> u64 {
+    kib(&value_in("/proc/meminfo", "MemAvailable")) >> 10
+}
+
 fn value_in(path: &str, key: &str) -> String {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix(key));

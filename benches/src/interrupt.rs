@@ -4,9 +4,12 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use crate::process::Failure;
 
 /// Readable from the first signal on; nobody reads it.
 static SIGNALLED: OnceLock<UnixStream> = OnceLock::new();
@@ -28,6 +31,25 @@ pub fn install() -> io::Result<()> {
 /// The descriptor that is readable once interrupted.
 pub fn descriptor() -> Option<BorrowedFd<'static>> {
     SIGNALLED.get().map(|stream| stream.as_fd())
+}
+
+/// Waits that long, or until a signal comes.
+///
+/// # Errors
+/// [`Failure::Interrupted`] if a signal came.
+pub fn sleep(time: Duration) -> Result<(), Failure> {
+    let timeout = Timespec::try_from(time).map_err(|_| Failure::because("a wait too long"))?;
+    let descriptor = descriptor();
+    let mut fds: Vec<PollFd<'_>> = descriptor
+        .iter()
+        .map(|fd| PollFd::new(fd, PollFlags::IN))
+        .collect();
+    // A signal that another handler took ends the wait early, which does no harm: it is measured.
+    let _ = poll(&mut fds, Some(&timeout));
+    match is_pending() {
+        true => Err(Failure::Interrupted),
+        false => Ok(()),
+    }
 }
 
 /// Whether a signal has come.

@@ -51,6 +51,14 @@ struct Arguments {
     #[command(flatten)]
     linux: Linux,
 
+    /// The probe guest, for the benchmarks of exits and devices
+    #[arg(long, value_name = "PATH")]
+    probe: Option<PathBuf>,
+
+    /// Machines at once, for the benchmark density
+    #[arg(long, value_name = "N", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    machines: u32,
+
     /// List the benchmarks and end
     #[arg(long)]
     list: bool,
@@ -142,6 +150,10 @@ fn run(arguments: &Arguments) -> Result<ExitCode, String> {
         sides,
         patience: Duration::from_secs(arguments.patience),
         linux: arguments.linux.clone(),
+        probe: arguments.probe.clone(),
+        machines: arguments.machines,
+        scratch: tempfile::tempdir().map_err(|error| error.to_string())?,
+        taps: Default::default(),
     };
     let chosen = |benchmark: &&Benchmark| {
         arguments.only.is_empty() || arguments.only.contains(&benchmark.name)

@@ -184,6 +184,13 @@ impl Figure {
         &mut self.cells[index]
     }
 
+    /// Our cell.
+    pub fn ours(&self, at: Option<f64>) -> Option<&Cell> {
+        self.cells
+            .iter()
+            .find(|cell| cell.side == OURS && cell.at == at)
+    }
+
     /// Computes what follows from the values.
     pub fn conclude(&mut self) {
         for cell in &mut self.cells {

@@ -69,7 +69,7 @@ fn write(to: &mut String, results: &Results) -> std::fmt::Result {
             .at
             .map(|at| format!(" at {}", number(at)))
             .unwrap_or_default();
-        let measured = bar.ratio.as_ref().map(ratio_text).unwrap_or_default();
+        let measured = bar.measured();
         let figure = format!("{}{at} / {}", bar.figure, bar.against);
         writeln!(
             to,

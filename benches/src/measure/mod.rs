@@ -1,9 +1,15 @@
 //! What the benchmarks do, one module each.
 
+pub mod blk;
 pub mod boot;
+pub mod density;
+pub mod exits;
+pub mod growth;
+mod probe;
 pub mod start;
 pub mod weight;
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,6 +19,7 @@ use crate::guest::{Guest, MARKER};
 use crate::machine::Machine;
 use crate::process::{Failure, Running};
 use crate::side::{Driver, IrqChip, Means, Side};
+use crate::tap::Tap;
 
 /// What all measurements of a run share.
 pub struct Context {
@@ -22,6 +29,29 @@ pub struct Context {
     pub patience: Duration,
     /// The Linux guest.
     pub linux: boot::Linux,
+    /// The probe guest.
+    pub probe: Option<PathBuf>,
+    /// How many machines are many.
+    pub machines: u32,
+    /// A folder that lasts as long as the run.
+    pub scratch: TempDir,
+    /// Taps that last as long, see [`Context::taps`].
+    pub taps: RefCell<Vec<Tap>>,
+}
+
+impl Context {
+    /// The names of as many taps, made if they are not there yet.
+    fn taps(&self, count: usize) -> Result<Vec<String>, Failure> {
+        let mut taps = self.taps.borrow_mut();
+        while taps.len() < count {
+            taps.push(Tap::new()?);
+        }
+        Ok(taps
+            .iter()
+            .take(count)
+            .map(|tap| tap.name().to_owned())
+            .collect())
+    }
 }
 
 /// A value of a figure, in the figure's unit.

@@ -1,14 +1,12 @@
 //! Resident memory beyond the guest's own.
 
 use std::path::Path;
-use std::time::Duration;
 
 use super::{Case, Context, Place, Reading, UP, UP_IN_WORDS, for_each};
 use crate::guest::Guest;
 use crate::machine::{Drive, Engine, Machine};
 use crate::process::Failure;
 use crate::side::{Driver, Means};
-use crate::tap::Tap;
 
 const BARE: &str = "weight.bare";
 const DRIVE: &str = "weight.drive";
@@ -30,7 +28,7 @@ pub fn cases(context: &Context) -> Vec<Case<'_>> {
         weigh(driver, &place, &machine, DRIVE)
     }));
     all.extend(for_each(context, &[DEVICES], move |driver| {
-        with_devices(driver, patience)
+        with_devices(context, driver)
     }));
     all.extend(context.sides.iter().filter_map(|side| match side.means {
         Means::Vmm(_) => Some(Case {
@@ -56,12 +54,11 @@ pub fn sparse_drive(place: &Place, name: &str) -> Result<Drive, Failure> {
     })
 }
 
-fn with_devices(driver: &dyn Driver, patience: Duration) -> Result<Vec<Reading>, Failure> {
-    let tap = Tap::new()?;
-    let place = Place::new(Guest::Idle, patience)?;
+fn with_devices(context: &Context, driver: &dyn Driver) -> Result<Vec<Reading>, Failure> {
+    let place = Place::new(Guest::Idle, context.patience)?;
     let mut machine = place.machine();
     machine.drives.push(sparse_drive(&place, "drive")?);
-    machine.taps.push(tap.name().to_owned());
+    machine.taps = context.taps(1)?;
     machine.vsock = Some(place.folder().join("v.sock"));
     weigh(driver, &place, &machine, DEVICES)
 }

@@ -135,7 +135,7 @@ pub fn ratio_text(ratio: &Ratio) -> String {
             number(interval.low),
             number(interval.high)
         ),
-        None => format!("{} ({} pairs)", number(ratio.median), ratio.pairs),
+        None => format!("{} (n = {})", number(ratio.median), ratio.pairs),
     }
 }
 
@@ -153,8 +153,8 @@ fn bar_row(verdict: &Verdict) -> BarRow {
     BarRow {
         title: verdict.title.clone() + &at.unwrap_or_default(),
         against: verdict.against.clone(),
-        wanted: format!("{sign} {} times", number(verdict.bound)),
-        measured: verdict.ratio.as_ref().map(ratio_text).unwrap_or_default(),
+        wanted: format!("{sign} {}", number(verdict.bound)),
+        measured: verdict.measured(),
         outcome,
         class,
     }

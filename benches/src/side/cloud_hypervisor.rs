@@ -80,6 +80,10 @@ impl Driver for CloudHypervisor {
         false
     }
 
+    fn has_mmio_devices(&self) -> bool {
+        false
+    }
+
     fn configure(&self, stream: UnixStream, machine: &Machine) -> Result<Prepared, Failure> {
         let disks: Vec<Value> = machine
             .drives

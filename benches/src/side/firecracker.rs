@@ -41,6 +41,8 @@ fn configuration(machine: &Machine) -> Value {
                 "path_on_host": drive.path,
                 "is_root_device": drive.root,
                 "is_read_only": drive.read_only,
+                // With flushes, as the others have them.
+                "cache_type": "Writeback",
                 "io_engine": match drive.engine { Engine::Sync => "Sync", Engine::Async => "Async" },
             })
         })
@@ -79,6 +81,10 @@ impl Driver for Firecracker {
     }
 
     fn ends_with_reset(&self) -> bool {
+        true
+    }
+
+    fn has_mmio_devices(&self) -> bool {
         true
     }
 

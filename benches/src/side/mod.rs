@@ -36,6 +36,9 @@ pub trait Driver {
     /// Whether the process ends when the guest resets the machine.
     fn ends_with_reset(&self) -> bool;
 
+    /// Whether its devices are those of virtio-mmio.
+    fn has_mmio_devices(&self) -> bool;
+
     /// Configures `machine` over a connection to the socket, all but its start.
     fn configure(&self, stream: UnixStream, machine: &Machine) -> Result<Prepared, Failure>;
 }

@@ -98,6 +98,10 @@ impl Driver for Qemu {
         true
     }
 
+    fn has_mmio_devices(&self) -> bool {
+        true
+    }
+
     fn configure(&self, _stream: UnixStream, _machine: &Machine) -> Result<Prepared, Failure> {
         Err(Failure::NotOffered(
             "QEMU makes the machine before it listens; what is left of a start is no start"

@@ -2,7 +2,11 @@
 //!
 //! It makes a machine of the given memory with one vCPU, runs one instruction and ends. When that instruction has left
 //! the guest, it writes the marker byte that the benchmarks' guests write too, then the time since KVM_CREATE_VM.
+//!
+//! With a kernel and a command line, it runs the probe guest instead.
 #![allow(unsafe_code)] // handing memory to KVM
+
+mod probe;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -73,8 +77,22 @@ fn run(irqchip: IrqChip, size: usize) -> Result<Duration, Box<dyn std::error::Er
 }
 
 fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().collect();
+    if let [_, word, kernel, line] = words.as_slice()
+        && word == "probe"
+    {
+        return match probe::run(kernel, line) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("lepton-floor: {error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let Some((irqchip, size)) = arguments() else {
-        eprintln!("usage: lepton-floor none|split|full MIB");
+        eprintln!(
+            "usage: lepton-floor none|split|full MIB, or lepton-floor probe KERNEL ARGUMENTS"
+        );
         return ExitCode::FAILURE;
     };
     let written = run(irqchip, size).and_then(|took| {

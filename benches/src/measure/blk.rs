@@ -1,0 +1,118 @@
+//! A drive under load. The image is in the host's page cache: what is measured is the way to it.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::PathBuf;
+
+use super::probe;
+use super::{Case, Context, Reading};
+use crate::machine::{Drive, Engine};
+use crate::process::Failure;
+use crate::side::Side;
+
+/// A load.
+struct Load {
+    arguments: &'static str,
+    engine: Engine,
+    /// Operations or MiB a second, then microseconds of processor time per operation.
+    figures: &'static [&'static str; 2],
+    in_mib: bool,
+}
+
+const RANDOM_1: &str = "probe.mode=blk_read probe.pattern=random probe.size=4096 probe.qd=1";
+const RANDOM_32: &str = "probe.mode=blk_read probe.pattern=random probe.size=4096 probe.qd=32";
+const WRITE_32: &str = "probe.mode=blk_write probe.pattern=random probe.size=4096 probe.qd=32";
+const LARGE: &str = "probe.mode=blk_read probe.pattern=sequential probe.size=1048576 probe.qd=4";
+const FLUSH: &str = "probe.mode=blk_flush probe.size=4096 probe.qd=1";
+
+const fn load(
+    arguments: &'static str,
+    engine: Engine,
+    figures: &'static [&'static str; 2],
+    in_mib: bool,
+) -> Load {
+    Load {
+        arguments,
+        engine,
+        figures,
+        in_mib,
+    }
+}
+
+#[rustfmt::skip]
+const LOADS: [Load; 9] = [
+    load(RANDOM_1, Engine::Sync, &["blk.read-1-sync", "blk.read-1-sync-cpu"], false),
+    load(RANDOM_1, Engine::Async, &["blk.read-1-async", "blk.read-1-async-cpu"], false),
+    load(RANDOM_32, Engine::Sync, &["blk.read-32-sync", "blk.read-32-sync-cpu"], false),
+    load(RANDOM_32, Engine::Async, &["blk.read-32-async", "blk.read-32-async-cpu"], false),
+    load(WRITE_32, Engine::Sync, &["blk.write-32-sync", "blk.write-32-sync-cpu"], false),
+    load(WRITE_32, Engine::Async, &["blk.write-32-async", "blk.write-32-async-cpu"], false),
+    load(LARGE, Engine::Sync, &["blk.large-sync", "blk.large-sync-cpu"], true),
+    load(LARGE, Engine::Async, &["blk.large-async", "blk.large-async-cpu"], true),
+    load(FLUSH, Engine::Sync, &["blk.flush-sync", "blk.flush-sync-cpu"], false),
+];
+
+/// Small enough to stay in the page cache, larger than any other cache.
+const IMAGE_MIB: usize = 256;
+
+/// An image with blocks, made by the first who needs it.
+fn image(context: &Context) -> Result<PathBuf, Failure> {
+    let path = context.scratch.path().join("blk.img");
+    if !path.exists() {
+        let unfinished = path.with_extension("new");
+        let mut file = File::create(&unfinished)?;
+        let mut block = vec![0; 1 << 20];
+        let mut random = fastrand::Rng::with_seed(1);
+        for _ in 0..IMAGE_MIB {
+            random.fill(&mut block);
+            file.write_all(&block)?;
+        }
+        file.sync_all()?;
+        std::fs::rename(&unfinished, &path)?;
+    }
+    Ok(path)
+}
+
+/// One case for each load and VMM.
+pub fn cases(context: &Context) -> Vec<Case<'_>> {
+    let mut all = Vec::new();
+    for load in &LOADS {
+        let vmms = context.sides.iter().filter(|side| !side.is_floor());
+        all.extend(vmms.map(|side| Case {
+            side,
+            at: None,
+            figures: load.figures,
+            run: Box::new(move || run(context, side, load)),
+        }));
+    }
+    all
+}
+
+fn run(context: &Context, side: &Side, load: &Load) -> Result<Vec<Reading>, Failure> {
+    let path = image(context)?;
+    let arguments = format!("{} probe.seconds=1 probe.seed=1", load.arguments);
+    let run = probe::run(context, side, &arguments, |machine| {
+        machine.drives.push(Drive {
+            path: path.clone(),
+            root: false,
+            read_only: false,
+            engine: load.engine,
+        });
+        Ok(())
+    })?;
+    let [rate, processor] = *load.figures;
+    let value = match load.in_mib {
+        true => run.mib_per_second()?,
+        false => run.rate()?,
+    };
+    Ok(vec![
+        Reading {
+            figure: rate,
+            value,
+        },
+        Reading {
+            figure: processor,
+            value: run.processor_per_operation(),
+        },
+    ])
+}
