@@ -19,7 +19,7 @@ fn main() -> ExitCode {
             test!(the_threads_are_main_api_and_one_per_vcpu),
             test!(the_descriptors_are_known),
             test!(the_api_socket_is_its_owners_alone),
-            test!(a_read_only_drive_is_open_for_reading_only),
+            test!(cve_2026_24834_a_read_only_drive_is_open_for_reading_only),
             test!(guest_memory_is_not_touched_before_the_guest_does),
         ],
     )
@@ -147,7 +147,7 @@ fn access_mode(vmm: &Vmm, path: &str) -> u32 {
     panic!("{path} is not open");
 }
 
-fn a_read_only_drive_is_open_for_reading_only() {
+fn cve_2026_24834_a_read_only_drive_is_open_for_reading_only() {
     let vmm = started(1, &[("ro", true), ("rw", false)]);
     assert_eq!(access_mode(&vmm, &vmm.path("ro")), 0);
     assert_eq!(access_mode(&vmm, &vmm.path("rw")), 2);

@@ -19,7 +19,7 @@ fn main() -> ExitCode {
             test!(elf_headers_that_lie),
             test!(elf_segments_that_lie),
             test!(nothing_to_run_is_refused),
-            test!(notes_without_end_are_bounded),
+            test!(ghsa_52h2_m2cf_9jh6_notes_without_end_are_bounded),
             test!(segments_that_overlap_without_end_are_bounded),
             test!(random_bytes_behind_the_magic),
             test!(truncated_bzimages),
@@ -209,7 +209,7 @@ fn nothing_to_run_is_refused() {
     victim.still_boots();
 }
 
-fn notes_without_end_are_bounded() {
+fn ghsa_52h2_m2cf_9jh6_notes_without_end_are_bounded() {
     let mut victim = Victim::new();
     // Notes without name and descriptor, one after the other up to the end of a large file without blocks.
     let path = victim.vmm.sparse_file("bad", 64 << 30);

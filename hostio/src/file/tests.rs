@@ -168,8 +168,9 @@ fn read_only_is_the_hosts_word() {
     assert!(write_zeroes(disk.file(), 0, 512).is_err());
 }
 
+/// CVE-2026-24054: a directory or a mount was taken for a block device.
 #[test]
-fn what_is_no_disk_is_refused_by_name() {
+fn cve_2026_24054_what_is_no_disk_is_refused_by_name() {
     let dir = TempDir::new().unwrap();
     let path = |name: &str| dir.as_path().join(name);
     let c_path = CString::new(path("fifo").as_os_str().as_bytes()).unwrap();
@@ -202,6 +203,27 @@ fn what_is_no_disk_is_refused_by_name() {
         let error = open_disk(&path("small"), true).unwrap_err();
         assert!(matches!(error, DiskOpenError::TooSmall { bytes: b, .. } if b == bytes));
     }
+}
+
+/// CVE-2026-27211: a guest wrote another format's header to its raw drive, and read the host's files through it.
+#[test]
+fn cve_2026_27211_an_image_is_raw_whatever_it_holds() {
+    // qcow2, version 2: the backing file's name at 0x1f0, 11 bytes long; a size of 1 TiB.
+    let mut bytes = vec![0; 4096];
+    bytes[..8].copy_from_slice(b"QFI\xfb\0\0\0\x02");
+    bytes[8..16].copy_from_slice(&0x1f0_u64.to_be_bytes());
+    bytes[16..20].copy_from_slice(&11_u32.to_be_bytes());
+    bytes[24..32].copy_from_slice(&(1_u64 << 40).to_be_bytes());
+    bytes[0x1f0..0x1fb].copy_from_slice(b"/etc/passwd");
+    let file = image(&bytes);
+    let disk = open_disk(file.as_path(), false).unwrap();
+    assert_eq!(disk.sectors(), 8);
+    let memory = memory();
+    let views = slices(&memory, 1, 4096);
+    assert_eq!(read_vectored_at(disk.file(), &views, 0).unwrap(), 4096);
+    let mut found = vec![0; 4096];
+    views[0].copy_to(&mut found[..]);
+    assert!(found == bytes, "an image reads otherwise than its bytes");
 }
 
 /// Needs a loop device, so root.

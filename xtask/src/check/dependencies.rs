@@ -62,9 +62,75 @@ pub fn violations(metadata: &[u8]) -> Result<Vec<String>> {
     Ok(found)
 }
 
+/// Versions in which a defect that a guest or an image could use was mended: crate, first good version, the defect.
+const FLOORS: [(&str, [u64; 3], &str); 5] = [
+    ("kvm-ioctls", [0, 19, 1], "RUSTSEC-2024-0428"),
+    ("vm-memory", [0, 12, 2], "CVE-2023-41051 and CVE-2020-13759"),
+    ("vmm-sys-util", [0, 12, 0], "CVE-2023-50711"),
+    ("versionize", [0, 1, 10], "CVE-2023-28448"),
+    ("linux-loader", [0, 8, 1], "GHSA-52h2-m2cf-9jh6"),
+];
+
+/// What in a `Cargo.lock` is older than its floor, one line each.
+pub fn below_floor(lock: &str) -> Vec<String> {
+    let value = |line: &str, key: &str| -> Option<String> {
+        let text = line.strip_prefix(key)?.strip_prefix(" = \"")?;
+        Some(text.strip_suffix('"')?.to_owned())
+    };
+    let mut found = Vec::new();
+    let mut name = String::new();
+    for line in lock.lines() {
+        if let Some(text) = value(line, "name") {
+            name = text;
+        }
+        let Some(version) = value(line, "version") else {
+            continue;
+        };
+        for (package, floor, defect) in FLOORS {
+            // Numbers alone count: a pre-release of a floor does not exist.
+            let mut numbers = version
+                .split(['.', '-', '+'])
+                .map(|part| part.parse().unwrap_or(0));
+            let version_numbers = [(); 3].map(|()| numbers.next().unwrap_or(0));
+            if package == name && version_numbers < floor {
+                let [major, minor, patch] = floor;
+                found.push(format!(
+                    "{name} {version} has {defect}: it must be at least {major}.{minor}.{patch}"
+                ));
+            }
+        }
+    }
+    found
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn lock(package: &str, version: &str) -> String {
+        format!("[[package]]\nname = \"{package}\"\nversion = \"{version}\"\n")
+    }
+
+    #[test]
+    fn rustsec_2024_0428_kvm_ioctls_has_a_floor() {
+        assert_eq!(below_floor(&lock("kvm-ioctls", "0.19.0")).len(), 1);
+        assert!(below_floor(&lock("kvm-ioctls", "0.19.1")).is_empty());
+    }
+
+    #[test]
+    fn cve_2023_41051_cve_2020_13759_vm_memory_has_a_floor() {
+        assert_eq!(below_floor(&lock("vm-memory", "0.2.0")).len(), 1);
+        assert_eq!(below_floor(&lock("vm-memory", "0.12.1")).len(), 1);
+        assert!(below_floor(&lock("vm-memory", "0.18.0")).is_empty());
+    }
+
+    #[test]
+    fn cve_2023_50711_cve_2023_28448_have_floors() {
+        let both = lock("vmm-sys-util", "0.11.2") + &lock("versionize", "0.1.9");
+        assert_eq!(below_floor(&both).len(), 2);
+        let both = lock("vmm-sys-util", "1.0.0") + &lock("versionize", "0.2.0");
+        assert!(below_floor(&both).is_empty());
+    }
 
     fn metadata(package: &str, dependency: &str) -> Vec<u8> {
         format!(r#"{{"packages":[{{"name":"{package}","dependencies":[{dependency}]}}]}}"#)

@@ -129,7 +129,10 @@ fn crate_dependencies(progress: &Progress) -> Result<Counts> {
         "checking which crate uses which",
         cargo().args(["metadata", "--no-deps", "--format-version", "1"]),
     )?;
-    let violations = dependencies::violations(&metadata)?;
+    let mut violations = dependencies::violations(&metadata)?;
+    let lock = std::fs::read_to_string(programs::workspace().join("Cargo.lock"))
+        .context("cannot read Cargo.lock")?;
+    violations.extend(dependencies::below_floor(&lock));
     if !violations.is_empty() {
         bail!("{}", violations.join("\n"));
     }

@@ -172,8 +172,9 @@ fn a_chain_that_cannot_be_answered_needs_a_reset() {
     }
 }
 
+/// CVE-2026-45782: the same head twice in flight freed the buffer of the first request under it.
 #[test]
-fn a_head_offered_twice_needs_a_reset() {
+fn cve_2026_45782_a_head_offered_twice_needs_a_reset() {
     let mut rig = Rig::new(EngineKind::Async, &pattern(8));
     let offered = rig.offer(&Ask::read(0, 1));
     rig.driver.queues[0].publish(offered.head);

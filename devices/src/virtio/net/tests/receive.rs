@@ -99,7 +99,7 @@ fn without_mergeable_buffers_a_frame_must_fit_in_one() {
 
 /// CVE-2020-16843: with the ring and the network both full, nothing ever moved again.
 #[test]
-fn a_flood_is_followed_by_recovery() {
+fn cve_2020_16843_a_flood_is_followed_by_recovery() {
     for features in [VERSION_1, MERGEABLE, LARGE] {
         let mut bench = Bench::with(features, 8, Default::default(), Default::default());
         let frames: Vec<_> = (0..500).map(|i| frame(60 + i, i)).collect();

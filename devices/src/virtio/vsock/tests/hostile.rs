@@ -56,8 +56,9 @@ fn packets_of_others_are_dropped_or_refused() {
     rig.connect(1000, &listener, 52);
 }
 
+/// CVE-2019-18960: a packet's length was believed, whatever its descriptors had.
 #[test]
-fn a_length_that_lies_ends_the_connection() {
+fn cve_2019_18960_a_length_that_lies_ends_the_connection() {
     for len in [1, 5, 1 << 16, u32::MAX] {
         let mut rig = Rig::new();
         let listener = rig.serve(52);
