@@ -6,7 +6,9 @@ use std::io;
 use std::mem::{MaybeUninit, size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::inherited;
 use vm_memory::VolatileSlice;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
@@ -118,15 +120,37 @@ impl Offloads {
 /// An interface made by opening it goes away with it; one made beforehand stays.
 #[derive(Debug)]
 pub struct Tap {
-    file: File,
+    file: Arc<File>,
     name: String,
     supported: Offloads,
 }
 
+/// Taps that this process was started with, see [`Tap::hand_in`].
+static HANDED: Mutex<Vec<(String, Arc<File>)>> = Mutex::new(Vec::new());
+
 impl Tap {
+    /// Lets [`Tap::open`] use an inherited descriptor for the tap that it is of, as often as it is asked to: who was
+    /// started without the right to open taps, or in another network, has nothing else.
+    pub fn hand_in(number: RawFd) -> Result<(), TapError> {
+        let fd = inherited::duplicate(number).map_err(|source| TapError::Refused {
+            name: format!("descriptor {number}"),
+            what: "dup",
+            source,
+        })?;
+        let tap = Self::from_fd(fd)?;
+        let mut handed = HANDED.lock().unwrap_or_else(PoisonError::into_inner);
+        handed.push((tap.name, tap.file));
+        Ok(())
+    }
+
     /// Opens the tap `name`, or makes it if there is none and the process may (CAP_NET_ADMIN).
     pub fn open(name: &str) -> Result<Self, TapError> {
         check_name(name)?;
+        let handed = HANDED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, file)) = handed.iter().find(|(found, _)| found == name) {
+            return Self::prepare(file.clone(), name.to_owned());
+        }
+        drop(handed);
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -140,7 +164,7 @@ impl Tap {
         if unsafe { ioctl_with_mut_ref(&file, libc::TUNSETIFF, &mut request) } < 0 {
             return Err(attach_error(name, io::Error::last_os_error()));
         }
-        Self::prepare(file, name.to_owned())
+        Self::prepare(Arc::new(file), name.to_owned())
     }
 
     /// Takes a tap that somebody else opened and attached, with a virtio header and without packet information.
@@ -172,10 +196,10 @@ impl Tap {
         if set < 0 {
             return Err(refused(&name, "O_NONBLOCK"));
         }
-        Self::prepare(file, name)
+        Self::prepare(Arc::new(file), name)
     }
 
-    fn prepare(file: File, name: String) -> Result<Self, TapError> {
+    fn prepare(file: Arc<File>, name: String) -> Result<Self, TapError> {
         let len = VNET_HEADER_LEN as libc::c_int;
         // SAFETY: the descriptor is open and TUNSETVNETHDRSZ reads one int.
         if unsafe { ioctl_with_ref(&file, libc::TUNSETVNETHDRSZ, &len) } < 0 {

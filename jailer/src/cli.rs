@@ -1,6 +1,7 @@
 //! The command line: that of Firecracker's jailer, and a few options more.
 
 use std::ffi::OsString;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use clap::Parser;
@@ -70,6 +71,19 @@ pub struct Cli {
     #[arg(long, value_name = "PATH")]
     pub parent_cgroup: Option<Parent>,
 
+    /// An inherited descriptor of /dev/kvm for the VMM. Without root there is no device node in the jail; unless this is
+    /// given, /dev/kvm is opened for the VMM.
+    #[arg(long, value_name = "NUMBER", value_parser = parse_descriptor)]
+    pub kvm_fd: Option<RawFd>,
+
+    /// An inherited descriptor of a tap for the VMM, which uses it for host_dev_name with the tap's name. May be repeated.
+    #[arg(long, value_name = "NUMBER", value_parser = parse_descriptor)]
+    pub tap_fd: Vec<RawFd>,
+
+    /// A tap of this user's, to be opened here and handed to the VMM. May be repeated.
+    #[arg(long, value_name = "NAME")]
+    pub tap: Vec<String>,
+
     /// Arguments for the VMM.
     #[arg(last = true, value_name = "ARGUMENTS")]
     pub vmm: Vec<OsString>,
@@ -90,6 +104,14 @@ fn parse_number(text: &str) -> Result<u32, String> {
     match text.parse() {
         Ok(number) if number != u32::MAX => Ok(number),
         _ => Err(format!("a number up to {} is wanted", u32::MAX - 1)),
+    }
+}
+
+/// The standard streams are no devices.
+fn parse_descriptor(text: &str) -> Result<RawFd, String> {
+    match text.parse() {
+        Ok(number @ 3..) => Ok(number),
+        _ => Err("a number from 3 up is wanted".into()),
     }
 }
 
@@ -161,6 +183,8 @@ mod tests {
             &["--cgroup-version", "3"],
             &["--parent-cgroup", "../up"],
             &["--resource-limit", "cores=1"],
+            &["--kvm-fd", "2"],
+            &["--tap-fd", "tap0"],
             &["--no-such-option"],
             &["config-file"],
         ] {

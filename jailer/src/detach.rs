@@ -22,8 +22,8 @@ pub enum Session {
 pub fn elsewhere(
     session: Session,
     clock: Clock,
-    work: impl FnOnce(Clock, &mut Option<Reporter>) -> Result<(), JailError>,
-) -> Result<(), JailError> {
+    work: impl FnOnce(Clock, &mut Option<Reporter>) -> Result<u8, JailError>,
+) -> Result<u8, JailError> {
     let (reporter, outcome) = report::pair().map_err(JailError::Pipe)?;
     let leads_session = getsid(None).is_ok_and(|session| session == getpid());
     match process::fork().map_err(JailError::Fork)? {
@@ -34,7 +34,7 @@ pub fn elsewhere(
                 // It has ended, or is about to; what it did is in the report.
                 let _ = waitpid(Some(child), WaitOptions::empty());
             }
-            result
+            result.map(|()| 0)
         }
         Side::Child => {
             drop(outcome);

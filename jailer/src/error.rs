@@ -4,12 +4,15 @@ use std::ffi::OsString;
 use std::io;
 use std::path::PathBuf;
 
+use lepton_hostio::tap::TapError;
+
 use crate::cgroup::CgroupError;
 use crate::folder::FolderError;
 use crate::limits::LimitError;
 use crate::privileges::PrivilegeError;
 use crate::root::RootError;
 use crate::tree::ProgramError;
+use crate::user::MapError;
 
 /// Whatever keeps the VMM from running; nothing that was made is left then.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +22,44 @@ pub enum JailError {
         "--{0} is missing: when root starts a jail, the VMM runs as the user --uid and the group --gid"
     )]
     NoOwner(&'static str),
+    /// Nobody else can.
+    #[error(
+        "--{0}: without root the VMM runs as you, {1}; leave --{0} out, or start the jailer as root"
+    )]
+    AnotherOwner(&'static str, u32),
+    /// Joining a network takes privileges in it.
+    #[error("--netns needs root; without, hand the VMM a tap: --tap NAME")]
+    NetnsWithoutRoot,
+    /// There is no place for a user's jails.
+    #[error("XDG_RUNTIME_DIR is not set; name a folder of yours: --chroot-base-dir PATH")]
+    NoBase,
+    /// /dev/kvm is not for this user.
+    #[error(
+        "/dev/kvm: {0}; try: sudo usermod -aG kvm $(id -un), or hand a descriptor in: --kvm-fd NUMBER"
+    )]
+    Kvm(#[source] io::Error),
+    /// There is no such inherited descriptor.
+    #[error("{option} {number}: {source}; a shell opens one for the jailer by {number}<>FILE")]
+    Descriptor {
+        /// The option.
+        option: &'static str,
+        /// What it was given.
+        number: i32,
+        /// Why not.
+        source: io::Error,
+    },
+    /// See [`TapError`].
+    #[error("--tap: {0}")]
+    Tap(#[source] TapError),
+    /// A user namespace cannot be set up.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// The kernel has no namespaces for this user.
+    #[error(
+        "cannot make namespaces: {0}; see user.max_user_namespaces and kernel.unprivileged_userns_clone (sysctl), or start \
+         the jailer as root"
+    )]
+    Namespaces(#[source] io::Error),
     /// See [`ProgramError`].
     #[error(transparent)]
     Program(#[from] ProgramError),

@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::process::exit;
 
 use rustix::fs::Mode;
+use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, getpid, pidfd_open, umask};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
@@ -18,11 +19,11 @@ use crate::clock::Clock;
 use crate::error::JailError;
 use crate::folder::Owner;
 use crate::keeper::{self, AllMade, Keeper};
-use crate::plan::Plan;
-use crate::process::{self, Side};
+use crate::plan::{Handed, Maker, Plan};
+use crate::process::{self, HeldSignals, Side};
 use crate::report::{self, Reporter};
 use crate::tree::Tree;
-use crate::{limits, privileges, root};
+use crate::{limits, privileges, root, user};
 
 /// A jail that is made and not entered.
 struct Jail {
@@ -34,7 +35,9 @@ struct Jail {
 
 /// What of the plan is needed inside.
 struct Rest {
+    maker: Maker,
     owner: Owner,
+    handed: Vec<Handed>,
     netns: Option<OwnedFd>,
     limits: Vec<limits::Limit>,
     null: Option<File>,
@@ -43,14 +46,17 @@ struct Rest {
 
 /// Makes the jail and starts the VMM in it: in this process, which is the return only of an error, or in a child.
 ///
-/// `waiting` is told when the VMM runs, if somebody waits elsewhere.
-pub fn start(plan: Plan, clock: Clock, waiting: &mut Option<Reporter>) -> Result<(), JailError> {
+/// `waiting` is told when the VMM runs, if somebody waits elsewhere. Without that, the VMM of a user without root runs in a
+/// child, whose exit status comes back.
+pub fn start(plan: Plan, clock: Clock, waiting: &mut Option<Reporter>) -> Result<u8, JailError> {
     let mut made = AllMade::default();
     let Plan {
         id,
         base,
         program,
+        maker,
         owner,
+        handed,
         netns,
         cgroups,
         limits,
@@ -58,21 +64,30 @@ pub fn start(plan: Plan, clock: Clock, waiting: &mut Option<Reporter>) -> Result
         new_pid_ns,
         arguments,
     } = plan;
-    let tree = Tree::make(&base, &program, &id, owner, true, &mut made.files)?;
+    let tree = Tree::make(
+        &base,
+        &program,
+        &id,
+        owner,
+        maker == Maker::Root,
+        &mut made.files,
+    )?;
     let groups = cgroups.make(&id, &mut made.groups, &mut made.parents)?;
     let jail = Jail {
         id,
         tree,
         groups,
         plan: Rest {
+            maker,
             owner,
+            handed,
             netns,
             limits,
             null,
             arguments,
         },
     };
-    if new_pid_ns {
+    if new_pid_ns || maker == Maker::User {
         start_child(jail, made, clock, waiting)
     } else {
         become_vmm(jail, made, clock, waiting)
@@ -85,7 +100,7 @@ fn become_vmm(
     made: AllMade,
     clock: Clock,
     waiting: &mut Option<Reporter>,
-) -> Result<(), JailError> {
+) -> Result<u8, JailError> {
     jail.tree.write_pid(getpid()).map_err(JailError::Pid)?;
     let mut keeper = Keeper::leave(made).map_err(JailError::Keeper)?;
     let error = jail.enter(clock, || {
@@ -101,33 +116,41 @@ fn become_vmm(
 /// A child becomes the VMM, as the first process of its PID namespace.
 fn start_child(
     jail: Jail,
-    mut made: AllMade,
+    made: AllMade,
     clock: Clock,
     waiting: &mut Option<Reporter>,
-) -> Result<(), JailError> {
-    let (mut reporter, outcome) = report::pair().map_err(JailError::Pipe)?;
+) -> Result<u8, JailError> {
+    let (reporter, outcome) = report::pair().map_err(JailError::Pipe)?;
     let (go, gate) =
         pipe_with(PipeFlags::CLOEXEC).map_err(|error| JailError::Pipe(error.into()))?;
+    let in_front = waiting.is_none();
+    let signals = HeldSignals::hold().map_err(JailError::Fork)?;
+    let (namespaces, refused): (_, fn(io::Error) -> JailError) = match jail.plan.maker {
+        Maker::Root => (libc::CLONE_NEWPID, JailError::Fork),
+        Maker::User => (user::NAMESPACES, JailError::Namespaces),
+    };
     let clock = clock.before_fork();
-    match process::fork_into(libc::CLONE_NEWPID).map_err(JailError::Fork)? {
+    match process::fork_into(namespaces).map_err(refused)? {
         Side::Child => {
             drop((gate, outcome, waiting.take()));
-            // Without a word the parent has failed, or is gone.
-            if matches!(File::from(go).read(&mut [0]), Ok(1)) {
-                let error = jail.enter(clock, || reporter.ready());
-                reporter.failed(&error.to_string());
-            }
+            live_as_child(&jail, clock, in_front, &signals, reporter, go);
             exit(1)
         }
         Side::Parent(pid) => {
             drop((go, reporter));
+            let mut made = made;
             let pidfd = let_go(&jail, pid, gate)?;
             outcome.wait().map_err(JailError::Inside)?;
+            std::mem::take(&mut made.files).keep();
+            std::mem::take(&mut made.parents).keep();
+            if in_front {
+                let status = user::attend(pid, &signals);
+                keeper::remove_groups_after(&pidfd, made);
+                return Ok(status);
+            }
             if let Some(mut waiting) = waiting.take() {
                 waiting.ready();
             }
-            std::mem::take(&mut made.files).keep();
-            std::mem::take(&mut made.parents).keep();
             let kept: Vec<i32> = made
                 .groups
                 .descriptors()
@@ -139,6 +162,30 @@ fn start_child(
             exit(0)
         }
     }
+}
+
+/// What the child does until it is the VMM. Returns only if it cannot be, which it has reported then.
+fn live_as_child(
+    jail: &Jail,
+    clock: Clock,
+    ends_with_parent: bool,
+    signals: &HeldSignals,
+    mut reporter: Reporter,
+    go: OwnedFd,
+) {
+    let prepared = signals.release().and_then(|()| match ends_with_parent {
+        true => user::end_with_parent(),
+        false => Ok(()),
+    });
+    // Without a word the parent has failed, or is gone.
+    if !matches!(File::from(go).read(&mut [0]), Ok(1)) {
+        return;
+    }
+    let error = match prepared {
+        Ok(()) => jail.enter(clock, || reporter.ready()),
+        Err(error) => JailError::Fork(error),
+    };
+    reporter.failed(&error.to_string());
 }
 
 /// Writes the child's process id down, then lets it go on.
@@ -172,6 +219,13 @@ impl Jail {
     }
 
     fn confine(&self) -> Result<(), JailError> {
+        let owner = match self.plan.maker {
+            Maker::Root => Some(self.plan.owner),
+            Maker::User => {
+                user::map(self.plan.owner)?;
+                None
+            }
+        };
         for group in &self.groups {
             group.join()?;
         }
@@ -187,7 +241,11 @@ impl Jail {
         }
         umask(Mode::RWXG | Mode::RWXO);
         limits::set(&self.plan.limits)?;
-        privileges::give_up(Some(self.plan.owner))?;
+        privileges::give_up(owner)?;
+        for handed in &self.plan.handed {
+            fcntl_setfd(&handed.fd, FdFlags::empty())
+                .map_err(|error| JailError::Inherited(error.into()))?;
+        }
         Ok(())
     }
 
@@ -201,6 +259,9 @@ impl Jail {
             ("--parent-cpu-time-us", parent_cpu.to_string()),
         ] {
             all.extend([OsString::from(name), value.into()]);
+        }
+        for Handed { option, fd } in &self.plan.handed {
+            all.extend([OsString::from(option), fd.as_raw_fd().to_string().into()]);
         }
         all.extend(self.plan.arguments.iter().cloned());
         all.into_iter()

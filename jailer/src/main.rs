@@ -15,7 +15,9 @@ mod process;
 mod report;
 mod root;
 mod tree;
+mod user;
 
+use std::os::fd::AsRawFd;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -41,7 +43,7 @@ fn main() -> ExitCode {
         }
     };
     match run(cli, clock) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("lepton-jailer: {error}");
             ExitCode::FAILURE
@@ -49,15 +51,18 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli, clock: Clock) -> Result<(), JailError> {
+/// Does what is asked for, and returns the status to end with.
+fn run(cli: Cli, clock: Clock) -> Result<u8, JailError> {
     const FIRST_AFTER_STREAMS: i32 = 3;
-    process::close_all_but(FIRST_AFTER_STREAMS, []).map_err(JailError::Inherited)?;
+    let handed = plan::inherited(cli.kvm_fd, &cli.tap_fd)?;
+    let kept = handed.iter().map(|handed| handed.fd.as_raw_fd());
+    process::close_all_but(FIRST_AFTER_STREAMS, kept).map_err(JailError::Inherited)?;
     let session = match (cli.daemonize, cli.new_pid_ns) {
         (true, _) => Some(Session::New),
         (false, true) => Some(Session::Same),
         (false, false) => None,
     };
-    let plan = Plan::open(cli)?;
+    let plan = Plan::open(cli, handed)?;
     match session {
         None => jail::start(plan, clock, &mut None),
         Some(session) => detach::elsewhere(session, clock.before_fork(), |clock, waiting| {

@@ -2,10 +2,13 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, fstatfs};
+use lepton_hostio::inherited;
+use lepton_hostio::tap::Tap;
+use rustix::fs::{Gid, Mode, OFlags, Uid, fstatfs};
+use rustix::process::{getegid, geteuid};
 
 use crate::cgroup::{Parent, Plan as Cgroups, Wanted};
 use crate::cli::{Cli, DEFAULT_BASE};
@@ -17,6 +20,23 @@ use crate::tree::Program;
 /// statfs(2): the file system of namespaces.
 const NSFS_MAGIC: i64 = 0x6e73_6673;
 
+/// Who makes the jail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Maker {
+    /// Root, who may do everything and gives it up.
+    Root,
+    /// Somebody else, who gets namespaces of its own.
+    User,
+}
+
+/// A descriptor that the VMM is to have.
+pub struct Handed {
+    /// The VMM's option for it.
+    pub option: &'static str,
+    /// The descriptor.
+    pub fd: OwnedFd,
+}
+
 /// A request that is in order.
 pub struct Plan {
     /// The machine's id.
@@ -25,8 +45,12 @@ pub struct Plan {
     pub base: Folder,
     /// What is to run.
     pub program: Program,
+    /// By whom the jail is made.
+    pub maker: Maker,
     /// As whom.
     pub owner: Owner,
+    /// What the VMM gets beside the standard streams.
+    pub handed: Vec<Handed>,
     /// In which network.
     pub netns: Option<OwnedFd>,
     /// In which groups.
@@ -42,17 +66,25 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Opens what `cli` names.
-    pub fn open(cli: Cli) -> Result<Self, JailError> {
-        let owner = Owner {
-            uid: cli.uid.ok_or(JailError::NoOwner("uid"))?,
-            gid: cli.gid.ok_or(JailError::NoOwner("gid"))?,
+    /// Opens what `cli` names. `handed` has what [`inherited`] took.
+    pub fn open(cli: Cli, mut handed: Vec<Handed>) -> Result<Self, JailError> {
+        let maker = if geteuid().is_root() {
+            Maker::Root
+        } else {
+            Maker::User
         };
+        let owner = owner(maker, cli.uid, cli.gid)?;
+        if let (Maker::User, Some(_)) = (maker, &cli.netns) {
+            return Err(JailError::NetnsWithoutRoot);
+        }
         let program = Program::open(&cli.exec_file)?;
-        let base = cli
-            .chroot_base_dir
-            .unwrap_or_else(|| PathBuf::from(DEFAULT_BASE));
+        let base = match (cli.chroot_base_dir, maker) {
+            (Some(path), _) => path,
+            (None, Maker::Root) => PathBuf::from(DEFAULT_BASE),
+            (None, Maker::User) => users_base()?,
+        };
         let base = Folder::open(&base).map_err(|error| JailError::Base(error, base))?;
+        open_devices(maker, &cli.tap, &mut handed)?;
         let netns = cli.netns.as_deref().map(open_netns).transpose()?;
         let parent = cli.parent_cgroup;
         let cgroups = Cgroups::open(Wanted {
@@ -66,7 +98,9 @@ impl Plan {
             id: cli.id,
             base,
             program,
+            maker,
             owner,
+            handed,
             netns,
             cgroups,
             limits: cli.resource_limit,
@@ -75,6 +109,71 @@ impl Plan {
             arguments: cli.vmm,
         })
     }
+}
+
+fn owner(maker: Maker, uid: Option<Uid>, gid: Option<Gid>) -> Result<Owner, JailError> {
+    if maker == Maker::Root {
+        return Ok(Owner {
+            uid: uid.ok_or(JailError::NoOwner("uid"))?,
+            gid: gid.ok_or(JailError::NoOwner("gid"))?,
+        });
+    }
+    let own = Owner {
+        uid: geteuid(),
+        gid: getegid(),
+    };
+    if uid.is_some_and(|uid| uid != own.uid) {
+        return Err(JailError::AnotherOwner("uid", own.uid.as_raw()));
+    }
+    if gid.is_some_and(|gid| gid != own.gid) {
+        return Err(JailError::AnotherOwner("gid", own.gid.as_raw()));
+    }
+    Ok(own)
+}
+
+/// The folder of a user's jails, which is made if it is not there.
+fn users_base() -> Result<PathBuf, JailError> {
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|path| !path.is_empty());
+    let base = PathBuf::from(runtime.ok_or(JailError::NoBase)?).join("jailer");
+    // If it cannot be made, it cannot be opened either.
+    drop(std::fs::create_dir(&base));
+    Ok(base)
+}
+
+const KVM: &str = "--kvm-fd";
+const TAP: &str = "--tap-fd";
+
+/// Takes the descriptors that the command line names, under other numbers: the old ones can be closed.
+pub fn inherited(kvm: Option<RawFd>, taps: &[RawFd]) -> Result<Vec<Handed>, JailError> {
+    let kvm = kvm.iter().map(|number| (KVM, number));
+    kvm.chain(taps.iter().map(|number| (TAP, number)))
+        .map(|(option, &number)| match inherited::duplicate(number) {
+            Ok(fd) => Ok(Handed { option, fd }),
+            Err(source) => Err(JailError::Descriptor {
+                option,
+                number,
+                source,
+            }),
+        })
+        .collect()
+}
+
+/// Opens what else the VMM is to have: /dev/kvm if its jail has none, and taps by name.
+fn open_devices(maker: Maker, taps: &[String], handed: &mut Vec<Handed>) -> Result<(), JailError> {
+    let has_kvm = handed.iter().any(|handed| handed.option == KVM);
+    if maker == Maker::User && !has_kvm {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        let fd = rustix::fs::open("/dev/kvm", flags, Mode::empty());
+        let fd = fd.map_err(|error| JailError::Kvm(error.into()))?;
+        handed.push(Handed { option: KVM, fd });
+    }
+    for name in taps {
+        let tap = Tap::open(name).map_err(JailError::Tap)?;
+        let fd = tap.as_fd().try_clone_to_owned();
+        let fd = fd.map_err(JailError::Inherited)?;
+        handed.push(Handed { option: TAP, fd });
+    }
+    Ok(())
 }
 
 fn open_netns(path: &Path) -> Result<OwnedFd, JailError> {

@@ -104,3 +104,68 @@ pub fn block_all_signals() -> io::Result<()> {
     }
     Ok(())
 }
+
+/// Signals that ask for an end, and that a child has ended. While this lives they wait to be taken.
+pub struct HeldSignals {
+    held: libc::sigset_t,
+    before: libc::sigset_t,
+}
+
+/// A signal that was taken.
+pub enum Taken {
+    /// A child has ended.
+    ChildEnded,
+    /// Somebody asks this process to end, by this signal.
+    Asked(libc::c_int),
+    /// A terminal asks all of its foreground processes to end.
+    FromTerminal,
+}
+
+impl HeldSignals {
+    /// Holds them back from now on.
+    pub fn hold() -> io::Result<Self> {
+        // SAFETY: sigset_t is plain data, which sigemptyset, sigaddset and sigprocmask write; sigprocmask reads the one
+        // that is filled by then.
+        unsafe {
+            let mut signals = Self {
+                held: std::mem::zeroed(),
+                before: std::mem::zeroed(),
+            };
+            libc::sigemptyset(&mut signals.held);
+            for signal in [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+                libc::sigaddset(&mut signals.held, signal);
+            }
+            if libc::sigprocmask(libc::SIG_BLOCK, &signals.held, &mut signals.before) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(signals)
+        }
+    }
+
+    /// Lets them come as before.
+    pub fn release(&self) -> io::Result<()> {
+        // SAFETY: sigprocmask reads the set, which an earlier call has filled.
+        if unsafe { libc::sigprocmask(libc::SIG_SETMASK, &self.before, ptr::null_mut()) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// Waits for the next one.
+    pub fn take(&self) -> io::Result<Taken> {
+        loop {
+            // SAFETY: a siginfo_t is plain data, which sigwaitinfo writes; it reads the set.
+            let (signal, code) = unsafe {
+                let mut info: libc::siginfo_t = std::mem::zeroed();
+                (libc::sigwaitinfo(&self.held, &mut info), info.si_code)
+            };
+            return match signal {
+                ..0 if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => continue,
+                ..0 => Err(io::Error::last_os_error()),
+                libc::SIGCHLD => Ok(Taken::ChildEnded),
+                _ if code == libc::SI_KERNEL => Ok(Taken::FromTerminal),
+                signal => Ok(Taken::Asked(signal)),
+            };
+        }
+    }
+}

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -26,6 +27,8 @@ pub struct Jail {
     id: String,
     program: PathBuf,
     owner: Option<(u32, u32)>,
+    /// Copies of the programs for a maker who is not root, who may be unable to reach the originals.
+    programs: Option<TempDir>,
     options: Vec<OsString>,
     vmm: Vec<OsString>,
 }
@@ -45,9 +48,31 @@ impl Jail {
             id: "vm-1".into(),
             program: programs::vmm().to_owned(),
             owner: Some((UID, GID)),
+            programs: None,
             options: Vec::new(),
             vmm: Vec::new(),
         }
+    }
+
+    /// A jail that [`UID`] makes for itself. Needs root, to become that user.
+    pub fn without_root() -> Self {
+        let copies = tempfile::Builder::new()
+            .prefix("lepton-programs-")
+            .tempdir()
+            .expect("a temporary directory");
+        let all_may_pass = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(copies.path(), all_may_pass).expect("the directory is ours");
+        for (name, original) in [
+            ("lepton-vmm", programs::vmm()),
+            ("lepton-jailer", programs::jailer()),
+        ] {
+            fs::copy(original, copies.path().join(name)).expect("a program can be copied");
+        }
+        let mut jail = Self::as_another_user().without_owner();
+        chown(jail.base(), Some(UID), Some(GID)).expect("root may give folders away");
+        jail.program = copies.path().join("lepton-vmm");
+        jail.programs = Some(copies);
+        jail
     }
 
     /// With this id.
@@ -98,7 +123,14 @@ impl Jail {
 
     /// Puts a file for the VMM into its root, before or after the start.
     pub fn file(&self, name: &str, content: &[u8]) {
-        fs::create_dir_all(self.root()).expect("a folder can be made");
+        let mut folder = self.base().to_owned();
+        for name in self.root().strip_prefix(self.base()).expect("it is below") {
+            folder.push(name);
+            if !folder.exists() {
+                fs::create_dir(&folder).expect("a folder can be made");
+                chown(&folder, Some(UID), Some(GID)).expect("root may give folders away");
+            }
+        }
         let path = self.root().join(name);
         fs::write(&path, content).expect("a file can be written");
         chown(&path, Some(UID), Some(GID)).expect("root may give files away");
@@ -106,7 +138,14 @@ impl Jail {
 
     /// The command that starts it.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(programs::jailer());
+        let mut command = match &self.programs {
+            None => Command::new(programs::jailer()),
+            Some(copies) => {
+                let mut command = Command::new(copies.path().join("lepton-jailer"));
+                command.uid(UID).gid(GID);
+                command
+            }
+        };
         command
             .args(["--id", &self.id, "--exec-file"])
             .arg(&self.program);
@@ -212,6 +251,22 @@ impl Jailed {
         Self::new(child.id(), Some(child), jail)
     }
 
+    /// A VMM that is a child of the jailer that is started here.
+    #[track_caller]
+    pub fn of_child(jail: Jail) -> Self {
+        let mut child = jail.command().spawn().expect("the jailer starts");
+        let deadline = Instant::now() + PATIENCE;
+        let socket = jail.root().join("run/firecracker.socket");
+        // The file with the VMM's process id is complete once the VMM runs.
+        while !socket.exists() {
+            let ended = child.try_wait().expect("a child can be asked");
+            assert_eq!(ended, None, "the jailer has ended");
+            assert!(Instant::now() < deadline, "the VMM does not start");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Self::new(jail.written_pid(), Some(child), jail)
+    }
+
     /// The API's socket, as seen from outside.
     pub fn socket(&self) -> PathBuf {
         self.jail.root().join("run/firecracker.socket")
@@ -278,6 +333,13 @@ impl Jailed {
     #[track_caller]
     pub fn signal(&self, signal: Signal) {
         pidfd_send_signal(&self.pidfd, signal).expect("the VMM runs");
+    }
+
+    /// Sends a signal to the jailer that waits for the VMM.
+    #[track_caller]
+    pub fn signal_jailer(&self, signal: Signal) {
+        let child = self.child.as_ref().expect("not detached");
+        rustix::process::kill_process(Pid::from_child(child), signal).expect("it runs");
     }
 
     /// Waits for the VMM's end, and gives its exit status if it is our child.

@@ -1,5 +1,6 @@
 //! The command line: Firecracker's options, so that what starts it starts this.
 
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use clap::Parser;
@@ -73,6 +74,14 @@ pub struct Cli {
     #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MAX_PAYLOAD)]
     pub http_api_max_payload_size: usize,
 
+    /// Inherited descriptor of /dev/kvm, which is not opened then.
+    #[arg(long, value_name = "NUMBER", value_parser = parse_descriptor)]
+    pub kvm_fd: Option<RawFd>,
+
+    /// Inherited descriptor of a tap, which is used for the host_dev_name that is the tap's name. May be repeated.
+    #[arg(long, value_name = "NUMBER", value_parser = parse_descriptor)]
+    pub tap_fd: Vec<RawFd>,
+
     /// Wall clock in microseconds when this process was started, for the metrics.
     #[arg(long, value_name = "MICROSECONDS")]
     pub start_time_us: Option<u64>,
@@ -84,6 +93,14 @@ pub struct Cli {
     /// CPU microseconds that the parent spent for this process, for the metrics.
     #[arg(long, value_name = "MICROSECONDS")]
     pub parent_cpu_time_us: Option<u64>,
+}
+
+/// The standard streams are no devices.
+fn parse_descriptor(text: &str) -> Result<RawFd, String> {
+    match text.parse() {
+        Ok(number @ 3..) => Ok(number),
+        _ => Err("a number from 3 up is wanted".into()),
+    }
 }
 
 fn parse_id(id: &str) -> Result<String, String> {
@@ -134,6 +151,8 @@ mod tests {
             &["--level", "loud"],
             &["--seccomp-filter", "x", "--no-seccomp"],
             &["--http-api-max-payload-size", "-1"],
+            &["--kvm-fd", "2"],
+            &["--tap-fd", "tap0"],
         ] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }

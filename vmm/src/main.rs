@@ -12,10 +12,12 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberOp
 use lepton_api::http::SocketFile;
 use lepton_api::types::{Logger, MetricsTarget};
 use lepton_api::{Action, Server, StopHandle, config_file};
+use lepton_hostio::tap::Tap;
 use lepton_vmm::cli::Cli;
 use lepton_vmm::controller::{Controller, Inbox, Mailbox, Message, Next, Options, mailbox};
 use lepton_vmm::events::Loop;
 use lepton_vmm::exit::ExitCode;
+use lepton_vmm::kvm;
 use lepton_vmm::machine::boot_timer::time_on;
 use lepton_vmm::signal::{self, OrderlyEnds};
 use rustix::time::ClockId;
@@ -72,6 +74,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         });
     }
     let host = |what| failure::<io::Error>(ExitCode::Failure, what);
+    take_descriptors(&cli)?;
     // The log first: what the API's thread says is to go where the command line says.
     lepton_vmm::log::init(&cli.id);
     lepton_vmm::log::configure(&log_settings(&cli))
@@ -108,6 +111,17 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         api.finish();
     }
     Ok(code)
+}
+
+/// Takes what this process was started with, before any other descriptor is opened.
+fn take_descriptors(cli: &Cli) -> Result<(), Failure> {
+    if let Some(number) = cli.kvm_fd {
+        kvm::use_descriptor(number).map_err(failure(ExitCode::BadArguments, ""))?;
+    }
+    for number in &cli.tap_fd {
+        Tap::hand_in(*number).map_err(failure(ExitCode::BadArguments, "--tap-fd"))?;
+    }
+    Ok(())
 }
 
 fn log_settings(cli: &Cli) -> Logger {

@@ -1,7 +1,8 @@
 //! Against the host's own taps. What needs them says SKIPPED where they are missing.
 
-use std::os::fd::{FromRawFd, IntoRawFd};
 use std::process::Command;
+
+use std::os::fd::FromRawFd;
 
 use super::*;
 
@@ -121,11 +122,32 @@ fn a_tap_is_made_or_found_and_has_one_user() {
 }
 
 #[test]
+fn a_tap_that_was_handed_in_is_found_by_its_name() {
+    in_namespace("a_tap_that_was_handed_in_is_found_by_its_name", || {
+        let tap = Tap::open("inherited0").unwrap();
+        assert!(matches!(
+            Tap::open("inherited0"),
+            Err(TapError::Busy { .. })
+        ));
+        Tap::hand_in(tap.as_raw_fd()).unwrap();
+        drop(tap);
+        // As often as wanted: an interface can be replaced.
+        for _ in 0..2 {
+            assert_eq!(Tap::open("inherited0").unwrap().name(), "inherited0");
+        }
+        let no_tap = File::open("/dev/null").unwrap();
+        let refused = Tap::hand_in(no_tap.as_raw_fd()).unwrap_err();
+        assert!(refused.to_string().contains("not a tap"), "{refused}");
+        assert!(Tap::hand_in(i32::MAX).is_err());
+    });
+}
+
+#[test]
 fn a_tap_can_be_handed_over() {
     in_namespace("a_tap_can_be_handed_over", || {
         let tap = Tap::open("handed0").unwrap();
-        // SAFETY: the descriptor was just given up by its owner.
-        let fd = unsafe { OwnedFd::from_raw_fd(tap.file.into_raw_fd()) };
+        let fd = tap.as_fd().try_clone_to_owned().unwrap();
+        drop(tap);
         let mut tap = Tap::from_fd(fd).unwrap();
         assert_eq!(tap.name(), "handed0");
         ip("link set handed0 up");

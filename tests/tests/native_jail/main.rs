@@ -3,6 +3,7 @@
 mod attack;
 mod refused;
 mod root;
+mod user;
 
 use std::process::ExitCode;
 
@@ -12,6 +13,7 @@ use lepton_tests::test;
 use attack::*;
 use refused::*;
 use root::*;
+use user::*;
 
 fn main() -> ExitCode {
     suite::run(
@@ -42,6 +44,22 @@ fn main() -> ExitCode {
             test!(a_given_network)
                 .needs(Need::Root)
                 .needs(Need::Program("ip")),
+            test!(without_root_a_guest_boots)
+                .needs(Need::Root)
+                .needs(Need::Kvm),
+            test!(without_root_the_vmm_is_alone)
+                .needs(Need::Root)
+                .needs(Need::Kvm),
+            test!(without_root_the_jailer_passes_on_what_happens)
+                .needs(Need::Root)
+                .needs(Need::Kvm),
+            test!(without_root_a_guest_has_a_network)
+                .needs(Need::Root)
+                .needs(Need::Kvm)
+                .needs(Need::File("LEPTON_PROBE")),
+            test!(without_root_what_cannot_be_is_told)
+                .needs(Need::Root)
+                .needs(Need::Kvm),
             test!(cve_2026_1386_symlink_in_the_jailers_way).needs(Need::Root),
             test!(cve_2026_1386_hard_link_in_the_programs_place).needs(Need::Root),
             test!(cve_2026_1386_symlink_swapped_in_under_the_jailer).needs(Need::Root),

@@ -1,7 +1,8 @@
 //! Every ioctl on KVM and on a virtual machine.
 #![allow(unsafe_code)] // handing memory to KVM
 
-use std::sync::Arc;
+use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES, kvm_clock_data,
@@ -11,6 +12,7 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use lepton_devices::Memory;
 use lepton_devices::legacy::ioapic::{self, MsiSink};
 use lepton_devices::virtio::transport::mmio::QUEUE_NOTIFY;
+use lepton_hostio::inherited;
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -26,6 +28,9 @@ pub enum KvmError {
     /// /dev/kvm cannot be opened.
     #[error("/dev/kvm: {0}; load kvm-amd or kvm-intel, and let this user read and write it")]
     Open(kvm_ioctls::Error),
+    /// The descriptor that this process was started with is not one of /dev/kvm.
+    #[error("--kvm-fd {0}: not an open descriptor of /dev/kvm")]
+    Handed(RawFd),
     /// KVM speaks another API.
     #[error("/dev/kvm has API version {0}, not {API_VERSION}")]
     Version(i32),
@@ -48,13 +53,32 @@ fn call<T>(call: &'static str, result: Result<T, kvm_ioctls::Error>) -> Result<T
 
 /// The host's KVM.
 pub struct Hypervisor {
-    kvm: Kvm,
+    kvm: Arc<Kvm>,
+}
+
+/// What [`use_descriptor`] was given.
+static HANDED: OnceLock<Arc<Kvm>> = OnceLock::new();
+
+/// Lets every [`Hypervisor::open`] use an inherited descriptor of /dev/kvm: in a jail there may be no /dev/kvm. The first
+/// call counts.
+pub fn use_descriptor(number: RawFd) -> Result<(), KvmError> {
+    let fd = inherited::duplicate(number).map_err(|_| KvmError::Handed(number))?;
+    // SAFETY: the descriptor is ours alone and goes over to the new owner. If it is not KVM's, every ioctl on it fails.
+    let kvm = unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) };
+    if kvm.get_api_version() < 0 {
+        return Err(KvmError::Handed(number));
+    }
+    HANDED.get_or_init(|| Arc::new(kvm));
+    Ok(())
 }
 
 impl Hypervisor {
-    /// Opens /dev/kvm and checks that it can do what every machine needs.
+    /// Opens /dev/kvm, or takes the descriptor that was handed in, and checks that it can do what every machine needs.
     pub fn open() -> Result<Self, KvmError> {
-        let kvm = Kvm::new().map_err(KvmError::Open)?;
+        let kvm = match HANDED.get() {
+            Some(kvm) => kvm.clone(),
+            None => Arc::new(Kvm::new().map_err(KvmError::Open)?),
+        };
         let version = kvm.get_api_version();
         if version != API_VERSION {
             return Err(KvmError::Version(version));
