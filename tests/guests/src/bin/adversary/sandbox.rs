@@ -104,6 +104,7 @@ impl Sandbox {
                 0xfec0_0000,
                 0xfee0_0000,
                 0xffff_f000,
+                0xffff_ffff,
             ]),
             14 => random.one_of(&[1 << 32, 1 << 40, 1 << 51, 1 << 52, 1 << 63]),
             _ => random.number() | 1 << 40,
