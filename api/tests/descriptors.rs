@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 use lepton_api::{Client, Fault, Reply, Server};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
@@ -12,7 +12,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 fn a_client_is_told_and_the_next_is_served_again() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("api.sock");
-    let mut server = Server::bind(&path).unwrap();
+    let mut server = Server::from_listener(UnixListener::bind(&path).unwrap()).unwrap();
     let stop = server.stop_handle().unwrap();
     let thread = std::thread::spawn(move || {
         server.serve(|_| Ok::<_, Fault>(Reply::NoContent)).unwrap();

@@ -1,7 +1,8 @@
-//! Every unsafe call to the host kernel that a device needs, behind safe interfaces.
+//! What the host's kernel offers to devices and servers, behind safe interfaces; every unsafe call that they need.
 
 pub mod file;
 pub mod inherited;
+pub mod listener;
 pub mod stream;
 pub mod tap;
 pub mod uring;

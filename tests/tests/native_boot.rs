@@ -199,13 +199,15 @@ fn an_initrd_that_does_not_fit_is_refused() {
         "/boot-source",
         &json!({ "kernel_image_path": kernel, "initrd_path": initrd }),
     );
+    // What the VMM does after an answer is done before the next.
+    api.state();
     let before = vmm.open_files();
     let start = json!({ "action_type": "InstanceStart" }).to_string();
     let message = api.refused("PUT", "/actions", &start);
     assert!(message.contains(&initrd), "{message}");
     assert!(message.contains("133169153"), "{message}");
-    assert_eq!(vmm.open_files(), before);
     assert_eq!(api.state(), "Not started");
+    assert_eq!(vmm.open_files(), before);
     api.put("/boot-source", &json!({ "kernel_image_path": kernel }));
     api.start_short_life();
     vmm.wait().expect_code(0);
@@ -316,6 +318,8 @@ fn huge_pages_that_the_host_has_not_are_refused_and_nothing_is_left() {
     );
     config["machine-config"]["huge_pages"] = "2M".into();
     api.configure(&config);
+    // What the VMM does after an answer is done before the next.
+    api.state();
     let before = vmm.open_files();
     let start = json!({ "action_type": "InstanceStart" }).to_string();
     for _ in 0..3 {
@@ -323,6 +327,7 @@ fn huge_pages_that_the_host_has_not_are_refused_and_nothing_is_left() {
         assert!(message.contains("huge"), "{message}");
         assert!(message.contains("guest memory"), "{message}");
     }
+    api.state();
     assert_eq!(vmm.open_files(), before);
     api.put(
         "/machine-config",

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use lepton_tests::guest::{Entry, Program};
@@ -19,6 +19,7 @@ fn main() -> ExitCode {
             test!(the_threads_are_main_api_and_one_per_vcpu),
             test!(the_descriptors_are_known),
             test!(the_api_socket_is_its_owners_alone),
+            test!(a_closed_standard_stream_is_not_the_next_file),
             test!(cve_2026_24834_a_read_only_drive_is_open_for_reading_only),
             test!(guest_memory_is_not_touched_before_the_guest_does),
         ],
@@ -123,6 +124,34 @@ fn the_api_socket_is_its_owners_alone() {
     let (vmm, _api) = Vmm::with_api();
     let metadata = fs::metadata(vmm.socket()).expect("the socket is there");
     assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+    let second = Command::new(programs::vmm())
+        .arg("--api-sock")
+        .arg(vmm.socket())
+        .output()
+        .expect("the VMM starts");
+    assert_eq!(second.status.code(), Some(1));
+    assert_eq!(
+        String::from_utf8_lossy(&second.stderr),
+        format!(
+            "lepton-vmm: Failed to open the API socket at: {}. Check that it is not already used.\n",
+            vmm.socket().display()
+        )
+    );
+    assert!(vmm.socket().exists(), "the first one's");
+    vmm.terminate();
+}
+
+fn a_closed_standard_stream_is_not_the_next_file() {
+    let (vmm, _api) = Vmm::with_api();
+    let log = vmm.path("log");
+    // The log would be the first file that is opened, and what goes to the standard error would end up in it.
+    let script = format!(
+        "exec <&- >&- 2>&-; exec {} --no-api --config-file /nonexistent --log-path {log}",
+        programs::vmm().display()
+    );
+    let status = Command::new("sh").args(["-c", &script]).status();
+    assert_eq!(status.expect("a shell").code(), Some(152));
+    assert_eq!(fs::read_to_string(&log).expect("a log"), "");
     vmm.terminate();
 }
 

@@ -46,6 +46,7 @@ impl Victim {
         // What is opened once is opened now.
         let good = Program::reset().write(vmm.directory(), Entry::Linux64);
         api.put("/boot-source", &json!({ "kernel_image_path": good }));
+        api.state();
         let open_files = vmm.open_files();
         Self {
             vmm,

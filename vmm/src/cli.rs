@@ -1,7 +1,7 @@
 //! The command line: Firecracker's options, so that what starts it starts this.
 
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use lepton_api::types::LogLevel;
@@ -18,13 +18,13 @@ const MAX_ID: usize = 64;
 #[derive(Debug, Parser)]
 #[command(name = "lepton-vmm", version, disable_help_subcommand = true)]
 pub struct Cli {
-    /// Unix socket on which the API listens.
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_API_SOCKET)]
-    pub api_sock: PathBuf,
+    /// Unix socket on which the API listens [default: /run/firecracker.socket].
+    #[arg(long, value_name = "PATH")]
+    pub api_sock: Option<PathBuf>,
 
-    /// The machine's id: 1 to 64 letters, digits and hyphens.
-    #[arg(long, default_value = DEFAULT_ID, value_parser = parse_id)]
-    pub id: String,
+    /// The machine's id: 1 to 64 letters, digits and hyphens [default: anonymous-instance].
+    #[arg(long, value_parser = parse_id)]
+    pub id: Option<String>,
 
     /// JSON file with the machine's configuration. The machine is started at once.
     #[arg(long, value_name = "PATH")]
@@ -70,9 +70,9 @@ pub struct Cli {
     #[arg(long)]
     pub no_seccomp: bool,
 
-    /// Most bytes of an API request's body.
-    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MAX_PAYLOAD)]
-    pub http_api_max_payload_size: usize,
+    /// Most bytes of an API request's body [default: 51200].
+    #[arg(long, value_name = "BYTES")]
+    pub http_api_max_payload_size: Option<usize>,
 
     /// Inherited descriptor of /dev/kvm, which is not opened then.
     #[arg(long, value_name = "NUMBER", value_parser = parse_descriptor)]
@@ -100,6 +100,28 @@ fn parse_descriptor(text: &str) -> Result<RawFd, String> {
     match text.parse() {
         Ok(number @ 3..) => Ok(number),
         _ => Err("a number from 3 up is wanted".into()),
+    }
+}
+
+// clap parses a default as if it had been typed, which costs as much as all the options of a usual command line. So the
+// three defaults are given here instead.
+impl Cli {
+    /// Where the API listens.
+    pub fn api_socket(&self) -> &Path {
+        self.api_sock
+            .as_deref()
+            .unwrap_or(Path::new(DEFAULT_API_SOCKET))
+    }
+
+    /// The machine's id.
+    pub fn id(&self) -> &str {
+        self.id.as_deref().unwrap_or(DEFAULT_ID)
+    }
+
+    /// Most bytes of an API request's body.
+    pub fn max_payload(&self) -> usize {
+        self.http_api_max_payload_size
+            .unwrap_or(DEFAULT_MAX_PAYLOAD)
     }
 }
 
@@ -139,6 +161,18 @@ mod tests {
         assert_eq!(cli.level, Some(LogLevel::Warn));
         assert_eq!(cli.start_time_us, Some(12));
         assert!(parse(&["--config-file", "x", "--no-api"]).is_ok());
+    }
+
+    #[test]
+    fn the_defaults_are_what_the_help_says() {
+        let cli = parse(&[]).unwrap();
+        let help = <Cli as clap::CommandFactory>::command()
+            .render_long_help()
+            .to_string();
+        let socket = cli.api_socket().display().to_string();
+        for default in [&socket, cli.id(), &cli.max_payload().to_string()] {
+            assert!(help.contains(&format!("[default: {default}]")), "{help}");
+        }
     }
 
     #[test]

@@ -14,6 +14,14 @@ use vmm_sys_util::eventfd::EventFd;
 /// The event loop of the process.
 pub type Loop = EventManager<Box<dyn MutEventSubscriber + Send>>;
 
+/// Events taken from the kernel at a time; what does not fit comes with the next turn.
+const EVENTS: usize = 32;
+
+/// An event loop without descriptors.
+pub fn new_loop() -> Result<Loop, event_manager::Error> {
+    Loop::new_with_capacity(EVENTS)
+}
+
 /// Every descriptor is watched for edges: an eventfd need never be read, and one that stays readable does not spin.
 const EDGE: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
 

@@ -16,6 +16,7 @@ pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
+pub mod process;
 pub mod signal;
 pub mod snapshot;
 pub mod vcpu;

@@ -126,7 +126,8 @@ fn format(state: &State, record: &Record) -> String {
     let time = humantime::format_rfc3339_nanos(SystemTime::now()).to_string();
     let time = time.trim_end_matches('Z');
     let thread = std::thread::current();
-    let thread = thread.name().unwrap_or("-");
+    // All threads but the first are given a name.
+    let thread = thread.name().unwrap_or("main");
     let level = if state.show_level {
         format!(":{}", record.level())
     } else {

@@ -1,24 +1,25 @@
 //! `lepton-vmm`: wiring only.
+#![no_main] // see `process`
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::process;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use clap::Parser;
 use clap::error::ErrorKind;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use lepton_api::http::SocketFile;
 use lepton_api::types::{Logger, MetricsTarget};
 use lepton_api::{Action, Server, StopHandle, config_file};
+use lepton_hostio::listener::{self, BindError, SocketFile};
 use lepton_hostio::tap::Tap;
 use lepton_vmm::cli::Cli;
 use lepton_vmm::controller::{Controller, Inbox, Mailbox, Message, Next, Options, mailbox};
-use lepton_vmm::events::Loop;
+use lepton_vmm::events::{self, Loop};
 use lepton_vmm::exit::ExitCode;
 use lepton_vmm::kvm;
 use lepton_vmm::machine::boot_timer::time_on;
+use lepton_vmm::process;
 use lepton_vmm::signal::{self, OrderlyEnds};
 use rustix::time::ClockId;
 
@@ -40,7 +41,11 @@ fn failure<E: std::fmt::Display>(code: ExitCode, what: &str) -> impl FnOnce(E) -
     }
 }
 
-fn main() {
+/// What the C library's start-up calls.
+#[allow(unsafe_code)] // the name
+#[unsafe(no_mangle)]
+extern "C" fn main() {
+    process::start();
     let code = match Cli::try_parse() {
         Ok(cli) => match run(cli) {
             Ok(code) => code,
@@ -59,7 +64,7 @@ fn main() {
         }
     };
     // Threads that still serve clients end here with the process.
-    process::exit(code as i32);
+    std::process::exit(code as i32);
 }
 
 fn run(cli: Cli) -> Result<ExitCode, Failure> {
@@ -76,7 +81,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
     let host = |what| failure::<io::Error>(ExitCode::Failure, what);
     take_descriptors(&cli)?;
     // The log first: what the API's thread says is to go where the command line says.
-    lepton_vmm::log::init(&cli.id);
+    lepton_vmm::log::init(cli.id());
     lepton_vmm::log::configure(&log_settings(&cli))
         .map_err(failure(ExitCode::Failure, "log_path"))?;
     signal::install().map_err(host("signal handlers"))?;
@@ -88,14 +93,14 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         true => None,
         false => Some(Api::serve(&cli, mailbox.clone())?),
     };
-    let mut events = Loop::new().map_err(failure(ExitCode::Failure, "event loop"))?;
+    let mut events = events::new_loop().map_err(failure(ExitCode::Failure, "event loop"))?;
     events.add_subscriber(inbox.waker());
     events.add_subscriber(Box::new(Ends {
         ends,
         mailbox: mailbox.clone(),
     }));
     let options = Options {
-        id: cli.id.clone(),
+        id: cli.id().to_owned(),
         boot_timer: cli.boot_timer,
         confine_vcpu: Arc::new(|| Ok(())),
     };
@@ -110,6 +115,8 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
     if let Some(api) = api {
         api.finish();
     }
+    // Its descriptors are closed by the end of the process.
+    std::mem::forget(events);
     Ok(code)
 }
 
@@ -137,8 +144,8 @@ fn log_settings(cli: &Cli) -> Logger {
 /// Microseconds from this process's start, as its parent gave it, until now: wall clock and CPU.
 fn startup(cli: &Cli) -> (u64, u64) {
     let since = |clock, start: Option<u64>| {
-        let now = u64::try_from(time_on(clock).as_micros()).unwrap_or(u64::MAX);
-        start.map_or(0, |start| now.saturating_sub(start))
+        let now = || u64::try_from(time_on(clock).as_micros()).unwrap_or(u64::MAX);
+        start.map_or(0, |start| now().saturating_sub(start))
     };
     let cpu = since(ClockId::ProcessCPUTime, cli.start_time_cpu_us);
     (
@@ -205,12 +212,22 @@ struct Api {
 impl Api {
     /// Binds the socket and serves it.
     fn serve(cli: &Cli, mailbox: Mailbox) -> Result<Self, Failure> {
-        let mut server = Server::bind(&cli.api_sock).map_err(failure(ExitCode::Failure, ""))?;
-        server.set_max_payload(cli.http_api_max_payload_size);
-        let socket = server.take_socket_file().ok_or_else(|| Failure {
+        let path = cli.api_socket();
+        let cannot = |why: String| Failure {
             code: ExitCode::Failure,
-            message: format!("{}: the socket has no file", cli.api_sock.display()),
+            message: format!("Failed to open the API socket at: {why}"),
+        };
+        let (listener, socket) = listener::bind(path).map_err(|error| match error {
+            // Word for word what Firecracker's clients know.
+            BindError::Exists(path) => cannot(format!(
+                "{}. Check that it is not already used.",
+                path.display()
+            )),
+            other => cannot(other.to_string()),
         })?;
+        let mut server = Server::from_listener(listener)
+            .map_err(|error| cannot(format!("{}: {error}", path.display())))?;
+        server.set_max_payload(cli.max_payload());
         let stop = server
             .stop_handle()
             .map_err(failure(ExitCode::Failure, "API"))?;

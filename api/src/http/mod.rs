@@ -10,17 +10,15 @@
 //!
 //! System calls while serving, for whoever writes the thread's seccomp filter: accept4, close, epoll_ctl, epoll_wait,
 //! fcntl(F_DUPFD_CLOEXEC), recvfrom, sendto, shutdown, and read of the eventfd that stops the loop; besides them
-//! what the allocator, the log and the handler need. Dropping a server that bound its socket adds statx and unlink.
+//! what the allocator, the log and the handler need.
 
 mod connection;
 mod parse;
 mod render;
 mod server;
-mod socket;
 
 pub use parse::{MAX_HEAD, MAX_HEADERS, ParseError, Request, parse_request};
 pub use server::{DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_PAYLOAD, Server, StopHandle};
-pub use socket::{BindError, SocketFile};
 
 #[cfg(test)]
 mod tests;

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
@@ -12,7 +11,6 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::connection::{Connection, Verdict};
-use super::socket::{self, BindError, SocketFile};
 use crate::action::{Action, Fault, Reply};
 
 /// Largest body taken unless [`Server::set_max_payload`] says otherwise, in bytes.
@@ -34,7 +32,6 @@ const ACCEPT_RETRY_MS: i32 = 100;
 /// Serves the API on a Unix socket.
 pub struct Server {
     listener: UnixListener,
-    file: Option<SocketFile>,
     epoll: Epoll,
     stop: EventFd,
     connections: BTreeMap<RawFd, Connection>,
@@ -58,30 +55,12 @@ impl StopHandle {
 }
 
 impl Server {
-    /// Binds the socket. Refuses a path at which anything exists. Nothing is served before [`Server::serve`], but
-    /// clients can connect and wait.
-    pub fn bind(path: impl AsRef<Path>) -> Result<Self, BindError> {
-        let path = path.as_ref();
-        let (listener, file) = socket::bind(path)?;
-        let mut server = Self::new(listener).map_err(|source| BindError::Io {
-            path: path.to_owned(),
-            source,
-        })?;
-        server.file = Some(file);
-        Ok(server)
-    }
-
-    /// Serves on a socket that listens already, such as one inherited from whoever started this process.
+    /// Serves on this listening socket. Nothing is served before [`Server::serve`], but clients can connect and wait.
     pub fn from_listener(listener: UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        Self::new(listener)
-    }
-
-    fn new(listener: UnixListener) -> io::Result<Self> {
         let server = Self {
             epoll: Epoll::new()?,
             stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-            file: None,
             connections: BTreeMap::new(),
             max_payload: DEFAULT_MAX_PAYLOAD,
             max_connections: DEFAULT_MAX_CONNECTIONS,
@@ -107,11 +86,6 @@ impl Server {
     /// A handle that ends the loop.
     pub fn stop_handle(&self) -> io::Result<StopHandle> {
         self.stop.try_clone().map(StopHandle)
-    }
-
-    /// Hands over the socket's file, for a caller that ends the process without dropping the server.
-    pub fn take_socket_file(&mut self) -> Option<SocketFile> {
-        self.file.take()
     }
 
     /// Serves until stopped. The handler is called with one action at a time and may block; every client then waits.

@@ -88,7 +88,11 @@ fn vmm() {
         }
         Ok(Reply::NoContent)
     };
-    Server::bind(socket).unwrap().serve(handle).unwrap();
+    let listener = UnixListener::bind(socket).unwrap();
+    Server::from_listener(listener)
+        .unwrap()
+        .serve(handle)
+        .unwrap();
 }
 
 fn start(behaviour: &str, vsock: PathBuf) {

@@ -13,10 +13,9 @@ use lepton_devices::rate_limiter::{BucketConfig, RateLimiterConfig};
 use lepton_devices::virtio::block::{Block, BlockConfig, BlockError, CacheType, EngineKind};
 use lepton_devices::virtio::net::{MacAddr, Net, NetConfig, NetError};
 use lepton_devices::virtio::transport::mmio::SharedDevice;
-use lepton_devices::virtio::vsock::{
-    self, BindError, Cid, SocketGuard, Vsock, VsockConfig, bind_listener,
-};
+use lepton_devices::virtio::vsock::{self, Cid, Vsock, VsockConfig};
 use lepton_hostio::file::{DiskOpenError, open_disk};
+use lepton_hostio::listener::{self, BindError, SocketFile};
 use lepton_hostio::tap::{Tap, TapError};
 
 const MAX_ID: usize = 64;
@@ -88,7 +87,7 @@ struct VsockSlot {
     wire: wire::Vsock,
     device: Arc<Mutex<Vsock>>,
     /// Removes the socket when the machine's configuration goes.
-    _socket: SocketGuard,
+    _socket: SocketFile,
 }
 
 /// All devices of a machine.
@@ -294,13 +293,12 @@ impl Devices {
         {
             self.vsock = None;
         }
-        let path = Path::new(&wire.uds_path);
-        let listener = bind_listener(path).map_err(DeviceConfigError::Socket)?;
+        let (listener, socket) =
+            listener::bind(Path::new(&wire.uds_path)).map_err(DeviceConfigError::Socket)?;
         let failed = |source| DeviceConfigError::Vsock {
             path: wire.uds_path.clone(),
             source,
         };
-        let socket = SocketGuard::new(path).map_err(failed)?;
         let device = Vsock::new(VsockConfig {
             guest_cid: cid,
             listener,

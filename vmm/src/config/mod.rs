@@ -242,6 +242,11 @@ impl Configuration {
         self.shape
     }
 
+    /// Whether there is something to boot.
+    pub fn has_boot_source(&self) -> bool {
+        self.boot.is_some()
+    }
+
     /// What a cold boot takes from here: kernel, CPU template, devices.
     pub fn to_boot(&mut self) -> Result<(&mut BootSource, &CpuTemplate, &Devices), ConfigError> {
         let boot = self.boot.as_mut().ok_or(ConfigError::NoBootSource)?;

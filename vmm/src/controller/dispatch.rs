@@ -56,6 +56,8 @@ pub struct Controller {
     /// Dropped before the configuration: a machine uses its devices.
     pub(super) phase: Phase,
     pub(super) configuration: Configuration,
+    /// Made ready ahead of the start, which takes it.
+    hypervisor: Option<Hypervisor>,
     metrics: Metrics,
     terminal: Option<RawTerminal>,
 }
@@ -72,6 +74,7 @@ impl Controller {
             mailbox,
             phase: Phase::Configuring,
             configuration: Configuration::new()?,
+            hypervisor: None,
             metrics: Metrics::default(),
             terminal: None,
         })
@@ -89,6 +92,7 @@ impl Controller {
                 let result = self.execute(action, events);
                 // A client that is gone needs no answer.
                 drop(reply.send(result));
+                self.prepare();
                 Next::Continue
             }
             Message::Stopped(stop) => Next::Exit(self.report(&stop)),
@@ -100,6 +104,20 @@ impl Controller {
                 self.flush_metrics();
                 Next::Continue
             }
+        }
+    }
+
+    /// Makes KVM ready for a cold boot, if one is to come, while the client prepares its next request. A KVM that cannot
+    /// be had is an error of the start.
+    fn prepare(&mut self) {
+        let will_boot = self.phase.stage() == Stage::Configuring;
+        if will_boot
+            && self.configuration.has_boot_source()
+            && self.hypervisor.is_none()
+            && let Ok(hypervisor) = Hypervisor::open()
+        {
+            hypervisor.prepare();
+            self.hypervisor = Some(hypervisor);
         }
     }
 
@@ -247,7 +265,10 @@ impl Controller {
         let (console, room) = console_of(&self.configuration.serial)?;
         let shape = self.configuration.shape();
         let (boot, cpu, devices) = self.configuration.to_boot()?;
-        let hypervisor = Hypervisor::open().map_err(BuildError::from)?;
+        let hypervisor = match self.hypervisor.take() {
+            Some(ready) => ready,
+            None => Hypervisor::open().map_err(BuildError::from)?,
+        };
         let blueprint = Blueprint {
             shape,
             cpu,

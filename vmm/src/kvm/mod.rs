@@ -1,6 +1,7 @@
 //! Every ioctl on KVM and on a virtual machine.
 #![allow(unsafe_code)] // handing memory to KVM
 
+use std::cell::{Cell, OnceCell};
 use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
 use std::sync::{Arc, OnceLock};
 
@@ -51,9 +52,13 @@ fn call<T>(call: &'static str, result: Result<T, kvm_ioctls::Error>) -> Result<T
     result.map_err(|source| KvmError::Call { call, source })
 }
 
-/// The host's KVM.
+/// The host's KVM, for one machine.
 pub struct Hypervisor {
     kvm: Arc<Kvm>,
+    /// A machine to which nothing has been given yet, if one was made ahead.
+    blank: Cell<Option<VmFd>>,
+    /// What was asked for ahead.
+    cpuid: OnceCell<CpuId>,
 }
 
 /// What [`use_descriptor`] was given.
@@ -93,15 +98,30 @@ impl Hypervisor {
                 return Err(KvmError::Missing(name));
             }
         }
-        Ok(Hypervisor { kvm })
+        Ok(Hypervisor {
+            kvm,
+            blank: Cell::new(None),
+            cpuid: OnceCell::new(),
+        })
     }
 
-    /// CPUID that KVM can give a guest on this host.
-    pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
-        call(
+    /// Does ahead of time what depends on nothing that is configured. What fails is tried again when it is needed, and
+    /// told then.
+    pub fn prepare(&self) {
+        self.blank.set(self.kvm.create_vm().ok());
+        drop(self.supported_cpuid());
+    }
+
+    /// CPUID that KVM can give a guest on this host. Slow on a host that is itself a guest.
+    pub fn supported_cpuid(&self) -> Result<&CpuId, KvmError> {
+        if let Some(cpuid) = self.cpuid.get() {
+            return Ok(cpuid);
+        }
+        let cpuid = call(
             "KVM_GET_SUPPORTED_CPUID",
             self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES),
-        )
+        )?;
+        Ok(self.cpuid.get_or_init(|| cpuid))
     }
 
     /// Whether KVM emulates the local APIC's deadline timer.
@@ -139,7 +159,10 @@ impl Hypervisor {
     /// The order matters: once there is an interrupt controller, each memory slot costs a grace period of the host
     /// kernel, several milliseconds.
     pub fn create_vm(&self, memory: &Memory) -> Result<Vm, KvmError> {
-        let fd = call("KVM_CREATE_VM", self.kvm.create_vm())?;
+        let fd = match self.blank.take() {
+            Some(fd) => fd,
+            None => call("KVM_CREATE_VM", self.kvm.create_vm())?,
+        };
         for (slot, region) in memory.iter().enumerate() {
             let slot_bytes = kvm_userspace_memory_region {
                 slot: slot as u32,

@@ -225,7 +225,7 @@ fn create_vcpus(
     (0..shape.topology.vcpus)
         .map(|id| {
             let fd = vm.create_vcpu(id)?;
-            let leaves = cpuid_of(&supported, shape.topology, id, tsc_deadline, cpu);
+            let leaves = cpuid_of(supported, shape.topology, id, tsc_deadline, cpu);
             fd.set_cpuid2(&leaves)
                 .map_err(|source| BuildError::Cpuid { id, source })?;
             let failed = |source| BuildError::Registers { id, source };

@@ -80,7 +80,7 @@ pub fn restore(
     check_counts(state, vcpus, devices.len())?;
     let supported = hypervisor.supported_cpuid()?;
     for vcpu in &state.vcpus {
-        compatible::check(&vcpu.cpuid, &supported)?;
+        compatible::check(&vcpu.cpuid, supported)?;
     }
     log::debug!("processor is compatible");
     let vm = hypervisor.create_vm(&ram.memory)?;

@@ -46,7 +46,7 @@ const READ_BYTES: u32 = 128 << 10;
 pub struct VsockConfig {
     /// The guest's context ID.
     pub guest_cid: Cid,
-    /// Where host clients connect to; see [`super::bind_listener`]. Made non-blocking.
+    /// Where host clients connect to; see [`lepton_hostio::listener::bind`]. Made non-blocking.
     pub listener: UnixListener,
     /// Host servers listen at this path with `_PORT` behind it.
     pub uds_path: PathBuf,

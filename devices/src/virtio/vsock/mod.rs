@@ -13,7 +13,6 @@
 //! | [`connection`] | one connection's state machine over a byte stream |
 //! | [`handshake`] | the `CONNECT` line |
 //! | [`muxer`] | all connections, the listening socket, timeouts |
-//! | [`listener`] | making the listening socket |
 //! | [`poller`] | one epoll descriptor for all of them |
 //! | [`stream`] | the byte stream a connection runs over |
 //! | [`device`] | queues |
@@ -23,7 +22,6 @@ pub mod connection;
 pub mod credit;
 pub mod device;
 pub mod handshake;
-pub mod listener;
 pub mod muxer;
 pub mod packet;
 pub mod poller;
@@ -31,7 +29,6 @@ mod state;
 pub mod stream;
 
 pub use device::{Vsock, VsockConfig};
-pub use listener::{BindError, SocketGuard, bind_listener};
 pub use state::VsockState;
 
 /// The host's context ID (VIRTIO 1.3, 5.10.4).

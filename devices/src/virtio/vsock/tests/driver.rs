@@ -44,7 +44,7 @@ impl Rig {
         let path = dir.as_path().join("v.sock");
         let device = Vsock::new(VsockConfig {
             guest_cid: Cid::try_from(GUEST_CID).unwrap(),
-            listener: bind_listener(&path).unwrap(),
+            listener: UnixListener::bind(&path).unwrap(),
             uds_path: path,
             queue_size: 256,
         })
