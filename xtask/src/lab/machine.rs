@@ -22,6 +22,33 @@ const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
 const COMMAND_LINE: &str = "console=ttyS0 quiet reboot=k panic=-1 mitigations=off tsc=reliable \
                             no_timer_check lpj=5200000 cryptomgr.notests";
 
+/// What is added for a lab whose clock is the host's time stamp counter, as QEMU hands it through. On a busy host the
+/// kernel inside cannot measure its frequency: the timers that it would measure it by stand still while QEMU waits for
+/// a processor, and a wrong frequency makes the lab's clock run at another pace than time, up to every deadline in it
+/// passing at once.
+fn clock(cpuinfo: &str) -> String {
+    tsc_khz(cpuinfo).map_or_else(String::new, |khz| format!(" tsc_early_khz={khz}"))
+}
+
+/// The frequency of the host's time stamp counter in kHz, from the text of `/proc/cpuinfo`: Linux derives its BogoMIPS
+/// from it where it is constant, 2 for each MHz.
+fn tsc_khz(cpuinfo: &str) -> Option<u32> {
+    let value = |name: &str| {
+        let line = cpuinfo.lines().find(|line| line.starts_with(name))?;
+        Some(line.split_once(':')?.1.trim())
+    };
+    value("flags")?
+        .split(' ')
+        .find(|flag| *flag == "constant_tsc")?;
+    let (whole, hundredths) = value("bogomips")?.split_once('.')?;
+    let hundredths = whole
+        .parse::<u32>()
+        .ok()?
+        .checked_mul(100)?
+        .checked_add(hundredths.parse().ok()?)?;
+    hundredths.checked_mul(5)
+}
+
 /// QEMU's processor: AMD's with virtualization. Without five-level page tables, each level of which costs an emulated
 /// page walk twice under nested paging.
 const PROCESSOR: &str = "max,+svm,+npt,-la57";
@@ -179,10 +206,12 @@ impl Machine<'_> {
         args.option("-kernel", self.kernel);
         args.option("-initrd", format!("/proc/self/fd/{}", fd::INITRD));
         args.fds.push((fd::INITRD, OwnedFd::from(self.initramfs)));
-        args.option(
-            "-append",
-            format!("{COMMAND_LINE}{}", if counted { " nokaslr" } else { "" }),
-        );
+        let more = if counted {
+            " nokaslr".to_owned()
+        } else {
+            clock(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
+        };
+        args.option("-append", format!("{COMMAND_LINE}{more}"));
 
         let console = args.wire("console", fd::CONSOLE)?;
         args.words("-serial chardev:console");
@@ -262,4 +291,19 @@ fn host_files(args: &mut Arguments) -> Result<Process> {
     server.words("-f -o source=/ -o sandbox=chroot -o cache=auto -o log_level=warn --fd=10");
     server.fds.push((10, OwnedFd::from(listener)));
     Process::start(VIRTIOFSD, server)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_frequency_is_the_one_linux_found() {
+        let cpuinfo = "processor\t: 0\nflags\t\t: fpu tsc constant_tsc\nbogomips\t: 4199.99\n\nprocessor\t: 1\n";
+        assert_eq!(clock(cpuinfo), " tsc_early_khz=2099995");
+        // Without a constant rate, or on a machine that says something else, the kernel has to measure.
+        assert_eq!(clock(&cpuinfo.replace("constant_tsc", "")), "");
+        assert_eq!(clock("flags : constant_tsc\nbogomips : many\n"), "");
+        assert_eq!(clock(""), "");
+    }
 }
