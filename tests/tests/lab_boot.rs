@@ -325,13 +325,52 @@ fn the_network_carries_both_ways() {
     guest.sh(&format!("ping -c 2 -W 5 -s 1300 {HOST}"));
 
     let bytes = pattern(4 << 20);
-    let free = sends(&guest, HOST, &bytes);
+    sends(&guest, HOST, &bytes);
 
-    // From the host to the guest, where something listens in a moment.
+    receives(&guest, GUEST, &bytes);
+    assert!(guest.api.counter("lepton_net_rx_packets_count") > 0);
+    assert!(guest.api.counter("lepton_net_tx_packets_count") > 0);
+
+    // A bucket of half a MiB, full again after a second: 4 MiB take seven seconds or more.
+    let limit = |guest: &mut Linux, limiter: &str, bandwidth: Value| {
+        let change = json!({ "iface_id": "eth0", limiter: { "bandwidth": bandwidth } });
+        guest.api.patch("/network-interfaces/eth0", &change);
+    };
+    for (limiter, metric) in [
+        ("tx_rate_limiter", "lepton_net_tx_rate_limiter_throttled"),
+        ("rx_rate_limiter", "lepton_net_rx_rate_limiter_throttled"),
+    ] {
+        assert_eq!(guest.api.counter(metric), 0);
+        limit(
+            &mut guest,
+            limiter,
+            json!({ "size": 512 << 10, "refill_time": 1000 }),
+        );
+        let took = if limiter == "tx_rate_limiter" {
+            sends(&guest, HOST, &bytes)
+        } else {
+            receives(&guest, GUEST, &bytes)
+        };
+        // A busy machine may be that slow by itself: the limiter says that it held something back.
+        assert!(
+            took > Duration::from_secs(6),
+            "{limiter}: {took:?} for 4 MiB at half a MiB/s"
+        );
+        assert!(guest.api.counter(metric) > 0, "{metric}");
+        limit(&mut guest, limiter, json!({ "size": 0, "refill_time": 0 }));
+        guest.sh(&format!("ping -c 2 -W 5 {HOST}"));
+    }
+    guest.shut_down();
+}
+
+/// Sends `bytes` to the guest's address, where something listens in a moment, and checks what arrives. How long it
+/// took comes back.
+#[track_caller]
+fn receives(guest: &Linux, address: &str, bytes: &[u8]) -> Duration {
     let server = guest.start("nc -l -p 5000 > /tmp/received; sync");
     let deadline = Instant::now() + PATIENCE;
     let mut stream = loop {
-        match TcpStream::connect((GUEST, 5000)) {
+        match TcpStream::connect((address, 5000)) {
             Ok(stream) => break stream,
             Err(error) => assert!(Instant::now() < deadline, "{error}"),
         }
@@ -339,33 +378,18 @@ fn the_network_carries_both_ways() {
     stream
         .set_write_timeout(Some(PATIENCE))
         .expect("a socket has timeouts");
-    stream.write_all(&bytes).expect("the guest takes it");
+    let started = Instant::now();
+    stream.write_all(bytes).expect("the guest takes it");
     drop(stream);
     server.close_stdin().expect("the agent listens");
     assert_eq!(
         server.wait().expect("the agent listens"),
         ExitStatus::Exited(0)
     );
+    let took = started.elapsed();
     let output = guest.run("cat /tmp/received", b"");
     assert!(output.stdout == bytes, "other bytes went into the guest");
-    assert!(guest.api.counter("lepton_net_rx_packets_count") > 0);
-    assert!(guest.api.counter("lepton_net_tx_packets_count") > 0);
-
-    // A bucket of 1 MiB, full again after a second: 4 MiB take three seconds or more.
-    let limit = |guest: &mut Linux, bandwidth: Value| {
-        let limiter = json!({ "iface_id": "eth0", "tx_rate_limiter": { "bandwidth": bandwidth } });
-        guest.api.patch("/network-interfaces/eth0", &limiter);
-    };
-    limit(&mut guest, json!({ "size": 1 << 20, "refill_time": 1000 }));
-    let limited = sends(&guest, HOST, &bytes);
-    assert!(
-        limited > Duration::from_millis(2500),
-        "{limited:?} for 4 MiB at 1 MiB/s"
-    );
-    assert!(free < limited, "{free:?} without a limit, {limited:?} with");
-    limit(&mut guest, json!({ "size": 0, "refill_time": 0 }));
-    guest.sh(&format!("ping -c 2 -W 5 {HOST}"));
-    guest.shut_down();
+    took
 }
 
 /// Lets the guest send `bytes` to the host's address, and checks what arrives. How long it took comes back.

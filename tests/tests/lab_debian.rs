@@ -126,7 +126,8 @@ fn debian_boots_to_a_login_and_talks_to_its_host() {
         .expect("all of it");
     assert_eq!(text, "from the guest\n");
     drop(listener);
-    console.types("socat VSOCK-LISTEN:6001 EXEC:cat & echo");
+    // By itself socat waits half a second for the other direction once one has ended: too short here.
+    console.types("socat -t 60 VSOCK-LISTEN:6001 EXEC:cat & echo");
     let deadline = Instant::now() + PATIENCE;
     let mut stream = loop {
         match connect_vsock(&uds_path, 6001) {

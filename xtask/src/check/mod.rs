@@ -26,7 +26,9 @@ use lab_tests::Program;
 /// The crates whose tests need the programs built, the guest, or a long time.
 const SYSTEM_TESTS: &str = "lepton-tests";
 
-/// A program that runs only when it is named: it fails for a reason that is not found yet.
+/// A program that runs only when it is named: it fails for a reason that is not found yet. Seen in one of its triple
+/// faults: before any driver, in the middle of a line of the console, on a lab just started; KVM had last handed the
+/// guest a page fault of fetching an instruction. So it is not the devices.
 const UNSTEADY: &str = "lab_debian";
 
 /// Paths by the names of environment variables.

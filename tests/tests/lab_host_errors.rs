@@ -1,0 +1,215 @@
+//! A host whose storage fails under a running Linux guest: a full file system, and a block device with bad sectors.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use lepton_agent::client::ExitStatus;
+use lepton_tests::linux::{self, Linux, drive};
+use lepton_tests::suite::{self, Need, Order};
+use lepton_tests::test;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+fn main() -> ExitCode {
+    suite::run(
+        Order::OneByOne,
+        &linux::NEEDS,
+        [test!(a_full_disk_and_bad_sectors_reach_the_guest)
+            .needs(Need::Root)
+            .needs(Need::Program("mount"))
+            .needs(Need::Program("modprobe"))],
+    )
+}
+
+const KIB: usize = 1 << 10;
+const MIB: usize = 1 << 20;
+
+#[track_caller]
+fn succeeds(program: &str, arguments: &[&str]) {
+    let status = Command::new(program)
+        .args(arguments)
+        .status()
+        .unwrap_or_else(|error| panic!("{program}: {error}"));
+    assert!(status.success(), "{program} {}", arguments.join(" "));
+}
+
+/// A file system in memory, of 8 MiB. It goes with this value.
+struct SmallFileSystem {
+    folder: TempDir,
+}
+
+impl SmallFileSystem {
+    #[track_caller]
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a temporary directory");
+        let path = folder.path().to_str().expect("a plain path");
+        succeeds("mount", &["-t", "tmpfs", "-o", "size=8M", "small", path]);
+        Self { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A file of zeroes without blocks, twice as large as the file system.
+    #[track_caller]
+    fn image(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        let file = fs::File::create(&path).expect("a file can be made");
+        file.set_len(16 * MIB as u64)
+            .expect("a file can have a hole");
+        path
+    }
+}
+
+impl Drop for SmallFileSystem {
+    fn drop(&mut self) {
+        let _ = Command::new("umount")
+            .arg("-l")
+            .arg(self.folder.path())
+            .status();
+    }
+}
+
+/// A block device of 16 MiB in memory with bad sectors (Linux, Documentation/block/null_blk.rst). It goes with this
+/// value.
+struct BadDevice {
+    name: &'static str,
+}
+
+impl BadDevice {
+    /// Where the bad sectors begin: 512 of them from sector 16384, one entry of the driver's list.
+    const BAD_FROM_MIB: usize = 8;
+
+    /// The device `name`: kernels differ in what they call one whose folder is not called `nullb` and a number.
+    #[track_caller]
+    fn new(name: &'static str) -> Self {
+        succeeds("modprobe", &["null_blk", "nr_devices=0"]);
+        if !Path::new("/sys/kernel/config/nullb").exists() {
+            succeeds("mount", &["-t", "configfs", "config", "/sys/kernel/config"]);
+        }
+        let device = Self { name };
+        fs::create_dir(device.settings()).expect("the driver makes a device");
+        for (name, value) in [
+            ("size", "16"),
+            ("memory_backed", "1"),
+            ("badblocks", "+16384-16895"),
+            ("power", "1"),
+        ] {
+            fs::write(device.settings().join(name), value)
+                .unwrap_or_else(|error| panic!("{name}: {error}"));
+        }
+        device
+    }
+
+    fn settings(&self) -> PathBuf {
+        Path::new("/sys/kernel/config/nullb").join(self.name)
+    }
+
+    fn path(&self) -> PathBuf {
+        Path::new("/dev").join(self.name)
+    }
+}
+
+impl Drop for BadDevice {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(self.settings());
+    }
+}
+
+/// Writes `bytes` at the start of the guest's `device` and flushes them.
+#[track_caller]
+fn keeps(guest: &Linux, device: &str, bytes: &[u8]) {
+    let script = format!("dd of=/dev/{device} bs=65536 oflag=direct conv=fsync 2>&1");
+    let output = guest.run(&script, bytes);
+    assert_eq!(output.status, ExitStatus::Exited(0), "{device}: {output:?}");
+}
+
+/// Runs a command that has to fail for an I/O error, as the command and the guest's kernel see it.
+#[track_caller]
+fn io_error(guest: &Linux, device: &str, script: &str) {
+    guest.sh("dmesg -c > /dev/null");
+    let output = guest.run(&format!("{script} 2>&1"), b"");
+    assert_ne!(output.status, ExitStatus::Exited(0), "{device}: {output:?}");
+    assert!(
+        output.text().contains("Input/output error"),
+        "{device}: {output:?}"
+    );
+    let messages = guest.sh("dmesg");
+    let line = format!("I/O error, dev {device}");
+    assert!(messages.contains(&line), "{device}: {messages}");
+}
+
+/// Checks that the guest's `device` begins with `bytes`, read again from the host.
+#[track_caller]
+fn has_kept(guest: &Linux, device: &str, bytes: &[u8]) {
+    let count = bytes.len() / 65536;
+    let script = format!("dd if=/dev/{device} bs=65536 count={count} iflag=direct 2>/dev/null");
+    let output = guest.run(&script, b"");
+    assert_eq!(output.status, ExitStatus::Exited(0), "{device}: {output:?}");
+    assert!(output.stdout == bytes, "{device}: flushed bytes are lost");
+}
+
+fn a_full_disk_and_bad_sectors_reach_the_guest() {
+    let small = SmallFileSystem::new();
+    let ballast = small.path("ballast");
+    fs::write(&ballast, vec![1; 4 * MIB]).expect("there is room for it");
+    // One for each drive: an error of writing back is told to everyone who has the device open.
+    let bad = ["nullb0", "nullb1"].map(BadDevice::new);
+    let images = [
+        ("sync", small.image("sync"), "Sync"),
+        ("async", small.image("async"), "Async"),
+        ("bad", bad[0].path(), "Sync"),
+        ("bad-async", bad[1].path(), "Async"),
+    ];
+    let guest = Linux::boot("quiet", |_, config| {
+        let drives = config["drives"].as_array_mut().expect("a list");
+        drives.extend(images.iter().map(|(id, path, engine)| {
+            let mut drive: Value = drive(id, path, engine, false);
+            drive["cache_type"] = json!("Writeback");
+            drive
+        }));
+    });
+    let kept: Vec<u8> = (0..512 * KIB).map(|i| (i / 509) as u8).collect();
+
+    // The host's file system fills up.
+    for device in ["vdb", "vdc"] {
+        keeps(&guest, device, &kept);
+    }
+    for device in ["vdb", "vdc"] {
+        let script = format!("dd if=/dev/zero of=/dev/{device} bs=65536 seek=16 oflag=direct");
+        io_error(&guest, device, &script);
+    }
+    guest.vmm.stdout.wait_for("failed: No space left on device");
+    for (device, (id, path, _)) in ["vdb", "vdc"].into_iter().zip(&images) {
+        has_kept(&guest, device, &kept);
+        let bytes = fs::read(path).expect("the image is there");
+        assert!(bytes.starts_with(&kept), "{id}: flushed bytes are lost");
+    }
+    // With room again, the same drives go on.
+    fs::remove_file(&ballast).expect("the ballast is there");
+    for device in ["vdb", "vdc"] {
+        guest.sh(&format!(
+            "dd if=/dev/zero of=/dev/{device} bs=65536 seek=16 count=8 oflag=direct conv=fsync"
+        ));
+        has_kept(&guest, device, &kept);
+    }
+
+    // The host's block device has bad sectors, which reads and flushes meet.
+    let first = BadDevice::BAD_FROM_MIB * MIB / 65536;
+    for device in ["vdd", "vde"] {
+        keeps(&guest, device, &kept);
+        let read =
+            format!("dd if=/dev/{device} of=/dev/null bs=65536 skip={first} count=1 iflag=direct");
+        io_error(&guest, device, &read);
+        let write = format!(
+            "dd if=/dev/zero of=/dev/{device} bs=65536 seek={first} count=1 oflag=direct conv=fsync"
+        );
+        io_error(&guest, device, &write);
+        has_kept(&guest, device, &kept);
+    }
+    guest.vmm.stdout.wait_for("failed: Input/output error");
+    guest.shut_down();
+    drop(bad);
+}
