@@ -124,6 +124,15 @@ impl Folder {
         self.enter(name)
     }
 
+    /// The same, for a folder that is to go in any case: if it is there, it was left by a jailer that was killed.
+    pub fn claim(&self, name: &OsStr, mode: u32, made: &mut Made) -> Result<Self, FolderError> {
+        let mut none = Made::default();
+        let folder = self.enter_or_make(name, mode, &mut none)?;
+        none.keep();
+        made.note(self, name, AtFlags::REMOVEDIR);
+        Ok(folder)
+    }
+
     /// Makes a file that must not be there, open for writing.
     pub fn create(&self, name: &OsStr, mode: u32, made: &mut Made) -> Result<File, FolderError> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;

@@ -320,7 +320,7 @@ impl Plan {
                 folder = folder.enter_or_make(name, MODE, shared)?;
                 above.push(folder.clone());
             }
-            let group = folder.enter_or_make(OsStr::new(id), MODE, own)?;
+            let group = folder.claim(OsStr::new(id), MODE, own)?;
             match hierarchy.version {
                 Version::V1 => inherit(&above, &group, &hierarchy.settings)?,
                 Version::V2 => enable(&above, &hierarchy.settings)?,

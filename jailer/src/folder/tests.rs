@@ -27,6 +27,18 @@ fn what_was_made_goes_and_what_was_there_stays() {
 }
 
 #[test]
+fn what_was_claimed_goes_too() {
+    let (directory, folder) = opened();
+    std::fs::create_dir(directory.path().join("old")).unwrap();
+    for name in ["old", "new"] {
+        let mut made = Made::default();
+        folder.claim(OsStr::new(name), 0o755, &mut made).unwrap();
+        drop(made);
+        assert!(!directory.path().join(name).exists(), "{name}");
+    }
+}
+
+#[test]
 fn what_is_kept_stays() {
     let (directory, folder) = opened();
     let mut made = Made::default();

@@ -1,6 +1,7 @@
 //! The jail: what the VMM in it is, has and leaves, and what the jailer refuses.
 
 mod attack;
+mod kill;
 mod refused;
 mod root;
 mod user;
@@ -11,6 +12,7 @@ use lepton_tests::suite::{self, Need, Order};
 use lepton_tests::test;
 
 use attack::*;
+use kill::*;
 use refused::*;
 use root::*;
 use user::*;
@@ -58,6 +60,9 @@ fn main() -> ExitCode {
                 .needs(Need::Kvm)
                 .needs(Need::File("LEPTON_PROBE")),
             test!(without_root_what_cannot_be_is_told)
+                .needs(Need::Root)
+                .needs(Need::Kvm),
+            test!(killed_at_any_moment_it_leaves_nothing_in_the_way)
                 .needs(Need::Root)
                 .needs(Need::Kvm),
             test!(cve_2026_1386_symlink_in_the_jailers_way).needs(Need::Root),

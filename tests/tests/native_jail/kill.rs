@@ -1,0 +1,91 @@
+//! SIGKILL at any moment: nothing that the jailer made stays but the jail's folder, and the next start is not hindered.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use lepton_tests::guest::{Entry, Program};
+use lepton_tests::jail::{Jail, wait_until_gone};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+
+/// Rounds of each test; `LEPTON_KILL_ROUNDS` says another number, such as 500.
+fn rounds() -> u64 {
+    let asked = std::env::var("LEPTON_KILL_ROUNDS").ok();
+    asked.and_then(|text| text.parse().ok()).unwrap_or(24)
+}
+
+/// Moments, the same each time: xorshift from a fixed seed.
+struct Moments(u64);
+
+impl Moments {
+    fn next_below(&mut self, bound: Duration) -> Duration {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        let nanoseconds = u64::try_from(bound.as_nanos()).unwrap_or(u64::MAX);
+        Duration::from_nanos(self.0 % nanoseconds)
+    }
+}
+
+/// The groups that are left below a parent, in all hierarchies.
+fn groups(parent: &str) -> Vec<PathBuf> {
+    let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten();
+    hierarchies
+        .filter_map(|entry| fs::read_dir(entry.ok()?.path().join(parent)).ok())
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()).filter(|path| path.is_dir()))
+        .collect()
+}
+
+/// The jailer is killed, or the VMM that it has become, some time after its start: while it makes the jail, while the VMM
+/// starts, while a guest runs.
+pub fn killed_at_any_moment_it_leaves_nothing_in_the_way() {
+    let parent = format!("lepton-test-{}-kill", std::process::id());
+    let mut moments = Moments(0x9e37_79b9_7f4a_7c15);
+    let jail = Jail::as_another_user().vmm(["--config-file", "/vm.json"]);
+    let jail = if Path::new("/sys/fs/cgroup/cpu/tasks").exists() {
+        jail.options(["--cgroup", "cpu.shares=20", "--parent-cgroup", &parent])
+    } else {
+        jail
+    };
+    let config = json!({ "boot-source": { "kernel_image_path": "/kernel" } }).to_string();
+    let mut reached_guest = 0;
+    for _ in 0..rounds() {
+        jail.file("kernel", &Program::tick().elf(Entry::Linux64));
+        jail.file("vm.json", config.as_bytes());
+        let mut command = jail.command();
+        let mut child = command
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the jailer starts");
+        // The moment is what is tested: nothing is waited for.
+        std::thread::sleep(moments.next_below(Duration::from_millis(150)));
+        if jail.root().join("run/firecracker.socket").exists() {
+            reached_guest += 1;
+        }
+        kill_process(Pid::from_child(&child), Signal::KILL).expect("it is our child");
+        drop(child.wait());
+        let here = fs::read_to_string("/proc/self/mounts").expect("mounts");
+        assert!(!here.contains("lepton-jail-"), "a mount is left:\n{here}");
+        // As the documentation has it: once the folder is gone, the id is free.
+        let folder = jail.root();
+        let folder = folder.parent().expect("the id's folder");
+        fs::remove_dir_all(folder).expect("the folder was made");
+    }
+    jail.file("kernel", &Program::tick().elf(Entry::Linux64));
+    jail.file("vm.json", config.as_bytes());
+    let last = jail.vmm(["--level", "Error"]).spawn();
+    assert_eq!(last.api().state(), "Running");
+    last.signal(Signal::KILL);
+    drop(last);
+    for group in groups(&parent) {
+        wait_until_gone(&group);
+    }
+    eprintln!("{} rounds, {reached_guest} of them with an API", rounds());
+    drop(fs::remove_dir(
+        Path::new("/sys/fs/cgroup/cpu").join(&parent),
+    ));
+}
