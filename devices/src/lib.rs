@@ -8,6 +8,7 @@
 pub mod metrics;
 #[macro_use]
 pub mod guest_log;
+pub mod dirty;
 pub mod legacy;
 pub mod rate_limiter;
 pub mod virtio;

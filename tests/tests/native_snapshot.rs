@@ -29,6 +29,14 @@ fn main() -> ExitCode {
             test!(a_writer_that_was_killed_leaves_the_old_snapshot_or_the_new),
             test!(places_that_cannot_be_written_leave_what_was_there),
             test!(untouched_memory_takes_no_room),
+            test!(a_damaged_chunk_is_named_and_never_seen).needs(Need::Root),
+            test!(a_damaged_chunk_that_nobody_touches_does_no_harm).needs(Need::Root),
+            test!(a_file_that_is_cut_under_a_machine_ends_it).needs(Need::Root),
+            test!(differences_make_the_next_snapshot).needs(Need::Root),
+            test!(differences_without_a_record_are_all_that_was_touched),
+            test!(another_process_serves_memory)
+                .needs(Need::Root)
+                .needs(Need::Program("python3")),
         ],
     )
 }
@@ -98,7 +106,7 @@ fn configure(vmm: &Vmm, api: &mut Api, program: &Program, vcpus: u8, mib: u64) {
 /// Lets the guest run until it has made some exits.
 fn let_run(api: &mut Api) {
     let before = api.counter("lepton_vcpu_exit_io_out");
-    api.wait_for_more("lepton_vcpu_exit_io_out", before + 50);
+    api.wait_for_more("lepton_vcpu_exit_io_out", before + 20);
 }
 
 /// Loads by a process of its own.
@@ -144,7 +152,7 @@ fn check_counts(stream: &[u8]) -> u32 {
 }
 
 fn a_guest_goes_on_where_it_was() {
-    for (vcpus, mib) in [(1, 128), (2, 256)] {
+    for (vcpus, mib) in [(1, 128), (2, 4096)] {
         let place = Place::new();
         let (vmm, mut api) = quiet();
         configure(&vmm, &mut api, &Program::count(), vcpus, mib);
@@ -154,7 +162,7 @@ fn a_guest_goes_on_where_it_was() {
         api.put("/snapshot/create", &place.create());
         let mut stream = vmm.terminate().stdout;
         let first = check_counts(&stream);
-        assert!(first > 20, "{first}");
+        assert!(first > 5, "{first}");
         // A snapshot of a snapshot, three times.
         for _ in 0..3 {
             let (vmm, mut api) = load(&place);
@@ -165,7 +173,7 @@ fn a_guest_goes_on_where_it_was() {
             stream.extend(vmm.terminate().stdout);
         }
         // Not one tick is lost, and none comes twice.
-        assert!(check_counts(&stream) > first + 50);
+        assert!(check_counts(&stream) > first + 20);
     }
 }
 
@@ -181,7 +189,7 @@ fn a_guest_goes_on_in_the_process_that_saved_it() {
         api.reach("Resumed");
     }
     let_run(&mut api);
-    assert!(check_counts(&vmm.terminate().stdout) > 100);
+    assert!(check_counts(&vmm.terminate().stdout) > 30);
 }
 
 fn a_saved_machine_has_its_devices() {
@@ -424,7 +432,7 @@ fn a_writer_that_was_killed_leaves_the_old_snapshot_or_the_new() {
     drop((vmm, api));
     // Kills at moments spread over the time that a snapshot takes.
     let mut begun = 0;
-    for step in 0..12 {
+    for step in 0..6 {
         let (vmm, mut api) = load(&place);
         let_run(&mut api);
         api.reach("Paused");
@@ -437,7 +445,7 @@ fn a_writer_that_was_killed_leaves_the_old_snapshot_or_the_new() {
         while !new.exists() && !writer.is_finished() {
             assert!(started.elapsed() < PATIENCE);
         }
-        for _ in 0..step * 40 {
+        for _ in 0..step * 80 {
             drop(fs::metadata(&new));
         }
         vmm.signal(rustix::process::Signal::KILL);
@@ -498,4 +506,212 @@ fn untouched_memory_takes_no_room() {
     assert!(memory.blocks() * 512 < 4 << 20, "{}", memory.blocks());
     flip(&place.memory(), memory.len() - 4096 + 30);
     assert!(refusal(&place.load()).contains("another snapshot"));
+}
+
+/// Where [`Program::count`] has its counter.
+const COUNTER: u64 = 0x600;
+
+fn a_damaged_chunk_is_named_and_never_seen() {
+    let place = Place::new();
+    saved(&place);
+    // In the chunk of the counter, and in that of the code.
+    for (at, chunk) in [(COUNTER + 8, 0), (0x10_0000 + 0x800, 16)] {
+        flip(&place.memory(), at);
+        let (vmm, mut api) = quiet();
+        // The machine ends, before or after the reply.
+        let body = place.load().to_string();
+        drop(api.try_request("PUT", "/snapshot/load", &body));
+        let ended = vmm.wait().expect_code(1);
+        let log = fs::read_to_string(ended.directory.path().join("log")).expect("a log");
+        assert!(log.contains(&format!("chunk {chunk} ")), "{log}");
+        assert!(log.contains("is not what was saved"), "{log}");
+        // It may have sent its register before it came to the counter.
+        let sent = if chunk == 0 { 4 } else { 0 };
+        assert!(
+            ended.stdout.len() <= sent,
+            "the guest ran on damaged memory"
+        );
+        // Who does not want to know is not told.
+        let mut request = place.load();
+        request["mem_backend"]["verify"] = false.into();
+        let (_vmm, mut api) = quiet();
+        api.put("/snapshot/load", &request);
+        let_run(&mut api);
+        flip(&place.memory(), at);
+    }
+    let (_vmm, mut api) = load(&place);
+    let_run(&mut api);
+}
+
+fn a_damaged_chunk_that_nobody_touches_does_no_harm() {
+    let place = Place::new();
+    saved(&place);
+    // The kernel's tables, which this guest does not look at.
+    flip(&place.memory(), 0xe_0000);
+    let (_vmm, mut api) = load(&place);
+    let_run(&mut api);
+    // But it is not handed on as if it were whole.
+    api.reach("Paused");
+    let other = Place::new();
+    let message = api.refused("PUT", "/snapshot/create", &other.create().to_string());
+    assert!(message.contains("chunk 14 "), "{message}");
+    assert_eq!(fs::read_dir(other.0.path()).expect("a folder").count(), 0);
+}
+
+fn a_file_that_is_cut_under_a_machine_ends_it() {
+    let place = Place::new();
+    saved(&place);
+    let mut request = place.load();
+    request["resume_vm"] = false.into();
+    let (vmm, mut api) = quiet();
+    api.put("/snapshot/load", &request);
+    let file = OpenOptions::new().write(true).open(place.memory());
+    file.expect("a memory file").set_len(4096).expect("cut");
+    let body = json!({ "state": "Resumed" }).to_string();
+    drop(api.try_request("PATCH", "/vm", &body));
+    let ended = vmm.wait().expect_code(1);
+    let log = fs::read_to_string(ended.directory.path().join("log")).expect("a log");
+    assert!(log.contains("cannot be read"), "{log}");
+    assert_eq!(ended.stdout, b"");
+}
+
+/// Lays the data of `changes` over `base`, as far as it has some.
+fn lay_over(base: &Path, changes: &Path) {
+    use rustix::fs::{SeekFrom, seek};
+    let from = fs::File::open(changes).expect("changes");
+    let to = OpenOptions::new().write(true).open(base).expect("a base");
+    let mut at = 0;
+    while let Ok(start) = seek(&from, SeekFrom::Data(at)) {
+        let end = seek(&from, SeekFrom::Hole(start)).expect("an end");
+        let mut bytes = vec![0; (end - start) as usize];
+        from.read_exact_at(&mut bytes, start).expect("data");
+        to.write_all_at(&bytes, start).expect("room");
+        at = end;
+    }
+}
+
+/// Bytes of a file that are not in a hole.
+fn stored(path: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    fs::metadata(path).expect("a file").blocks() * 512
+}
+
+fn differences_make_the_next_snapshot() {
+    let (full, changes) = (Place::new(), Place::new());
+    let (vmm, mut api) = quiet();
+    configure(&vmm, &mut api, &Program::count(), 1, 128);
+    api.patch("/machine-config", &json!({ "track_dirty_pages": true }));
+    api.start();
+    let_run(&mut api);
+    api.reach("Paused");
+    api.put("/snapshot/create", &full.create());
+    let mut request = changes.create();
+    request["snapshot_type"] = "Diff".into();
+    let mut stream = Vec::new();
+    let mut machine = (vmm, api);
+    for round in 0..4 {
+        let (vmm, mut api) = machine;
+        api.reach("Resumed");
+        let_run(&mut api);
+        api.reach("Paused");
+        api.put("/snapshot/create", &request);
+        // The counter's page, and what says which memory it is.
+        assert!(stored(&changes.memory()) <= 64 << 10, "round {round}");
+        lay_over(&full.memory(), &changes.memory());
+        fs::copy(changes.state(), full.state()).expect("a state file");
+        if round % 2 == 0 {
+            machine = (vmm, api);
+            continue;
+        }
+        stream.extend(vmm.terminate().stdout);
+        let mut load = full.load();
+        load["track_dirty_pages"] = true.into();
+        load["resume_vm"] = false.into();
+        let (vmm, mut api) = quiet();
+        api.put("/snapshot/load", &load);
+        machine = (vmm, api);
+    }
+    let (vmm, mut api) = machine;
+    api.reach("Resumed");
+    let_run(&mut api);
+    stream.extend(vmm.terminate().stdout);
+    assert!(check_counts(&stream) > 30);
+    // Changes alone are no memory.
+    let (vmm, mut api) = quiet();
+    drop(api.try_request("PUT", "/snapshot/load", &changes.load().to_string()));
+    vmm.wait().expect_code(1);
+}
+
+fn differences_without_a_record_are_all_that_was_touched() {
+    let place = Place::new();
+    let (vmm, mut api) = quiet();
+    configure(&vmm, &mut api, &Program::count(), 1, 128);
+    api.start();
+    let_run(&mut api);
+    api.reach("Paused");
+    let mut request = place.create();
+    request["snapshot_type"] = "Diff".into();
+    api.put("/snapshot/create", &request);
+    let mut stream = vmm.terminate().stdout;
+    let (vmm, mut api) = load(&place);
+    let_run(&mut api);
+    stream.extend(vmm.terminate().stdout);
+    check_counts(&stream);
+}
+
+/// Serves page faults from a memory file by Firecracker's protocol.
+const HANDLER: &str = r#"
+import ctypes, fcntl, json, os, socket, struct, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+print("ready", flush=True)
+stream, _ = listener.accept()
+message, fds, _, _ = socket.recv_fds(stream, 65536, 1)
+mappings = json.loads(message)
+memory = open(sys.argv[2], "rb")
+assert sum(m["size"] for m in mappings) == 128 << 20, mappings
+assert all(m["page_size"] == 4096 for m in mappings), mappings
+os.set_blocking(fds[0], True)
+served = 0
+while True:
+    event = os.read(fds[0], 32)
+    address = struct.unpack_from("<Q", event, 16)[0] & ~4095
+    for m in mappings:
+        base = m["base_host_virt_addr"]
+        if base <= address < base + m["size"]:
+            memory.seek(m["offset"] + address - base)
+            page = ctypes.create_string_buffer(memory.read(4096), 4096)
+            copy = bytearray(struct.pack("<QQQQq", address, ctypes.addressof(page), 4096, 0, 0))
+            fcntl.ioctl(fds[0], 0xc028aa03, copy)
+            served += 1
+            print("served", served, flush=True)
+"#;
+
+fn another_process_serves_memory() {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Command, Stdio};
+    let place = Place::new();
+    saved(&place);
+    let socket = place.path("handler.sock");
+    let mut request = place.load();
+    request["mem_backend"] = json!({ "backend_type": "Uffd", "backend_path": socket });
+    let message = refusal(&request);
+    assert!(message.contains("handler.sock"), "{message}");
+    let mut handler = Command::new("python3")
+        .args(["-c", HANDLER])
+        .args([&socket, &place.memory()])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("python3 starts");
+    let lines = BufReader::new(handler.stdout.take().expect("a pipe")).lines();
+    let mut lines = lines.map_while(Result::ok);
+    assert_eq!(lines.next().as_deref(), Some("ready"));
+    let (vmm, mut api) = quiet();
+    api.put("/snapshot/load", &request);
+    let_run(&mut api);
+    assert_eq!(lines.next().as_deref(), Some("served 1"));
+    vmm.terminate();
+    handler.kill().expect("a child");
+    handler.wait().expect("a child");
 }

@@ -17,6 +17,7 @@ use super::device::{DeviceError, Progress};
 use super::interrupt::Interrupt;
 use super::state::QueuePosition;
 use crate::Memory;
+use crate::dirty::DirtyPages;
 
 /// Most descriptors in a chain. A driver must not make one longer than the queue, in an indirect table neither (VIRTIO
 /// 1.3, 2.7.5.3.1), but those with short queues do; twice what fits in one call of the host's kernel is beyond them all.
@@ -239,6 +240,8 @@ pub struct VirtQueue {
     in_flight: Vec<u64>,
     /// The used index when the driver was last considered for an interrupt.
     signalled: u16,
+    /// Where what the device writes is noted. All it writes goes into chains popped here and into the used ring.
+    dirty: Option<Arc<DirtyPages>>,
 }
 
 impl VirtQueue {
@@ -261,7 +264,22 @@ impl VirtQueue {
             interrupt,
             in_flight,
             signalled,
+            dirty: None,
         })
+    }
+
+    /// Lets what the device writes be noted in `dirty`.
+    #[must_use]
+    pub fn tracked(mut self, dirty: Option<Arc<DirtyPages>>) -> Self {
+        self.dirty = dirty;
+        self
+    }
+
+    /// The used ring, with the fields before and behind its elements (VIRTIO 1.3, 2.7.8), is about to be written.
+    fn mark_used_ring(&self) {
+        if let Some(dirty) = &self.dirty {
+            dirty.mark(self.queue.used_ring(), 6 + 8 * u64::from(self.queue.size()));
+        }
     }
 
     /// The queue's number in the device.
@@ -285,6 +303,8 @@ impl VirtQueue {
             in_flight: _,
             // Every pass ends with a signal.
             signalled: _,
+            // The memory's affair.
+            dirty: _,
         } = self;
         QueuePosition {
             next_avail: queue.next_avail(),
@@ -338,6 +358,10 @@ impl VirtQueue {
             return Err(QueueError::Malformed { head });
         }
         self.mark_in_flight(head)?;
+        if let Some(dirty) = &self.dirty {
+            let writable = chain.writable.iter();
+            writable.for_each(|segment| dirty.mark(segment.addr.0, u64::from(segment.len)));
+        }
         Ok(Some(chain))
     }
 
@@ -355,6 +379,7 @@ impl VirtQueue {
     /// Puts several chains, each a head and its bytes written, in the used ring so that the driver sees either none
     /// or all of them, as it must for a frame in several buffers (VIRTIO 1.3, 5.1.6.4.1).
     pub fn complete_together(&mut self, used: &[(u16, u32)]) -> Result<(), QueueError> {
+        self.mark_used_ring();
         let (ring, size) = (self.queue.used_ring(), self.queue.size());
         let mut next = self.queue.next_used();
         for &(head, written) in used {
@@ -416,11 +441,13 @@ impl VirtQueue {
 
     /// Asks the driver not to kick: the device is looking at the ring anyway.
     pub fn disable_kicks(&mut self) -> Result<(), QueueError> {
+        self.mark_used_ring();
         Ok(self.queue.disable_notification(self.memory.as_ref())?)
     }
 
     /// Asks the driver to kick again. True: chains came in meanwhile, look once more.
     pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
+        self.mark_used_ring();
         Ok(self.queue.enable_notification(self.memory.as_ref())?)
     }
 

@@ -155,3 +155,6 @@ pub enum RestoreError {
     #[error("{0}")]
     Activation(String),
 }
+
+#[cfg(test)]
+mod tests;

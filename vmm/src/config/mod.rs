@@ -75,6 +75,8 @@ pub struct Shape {
     pub memory: MemorySize,
     /// Its pages.
     pub huge_pages: wire::HugePages,
+    /// Whether a record of written pages is kept.
+    pub track_dirty_pages: bool,
 }
 
 impl TryFrom<&wire::MachineConfig> for Shape {
@@ -99,6 +101,7 @@ impl TryFrom<&wire::MachineConfig> for Shape {
             },
             memory: MemorySize::new(config.mem_size_mib, config.huge_pages)?,
             huge_pages: config.huge_pages,
+            track_dirty_pages: config.track_dirty_pages,
         })
     }
 }

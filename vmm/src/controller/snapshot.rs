@@ -1,7 +1,7 @@
 //! The requests that save a machine and load one.
 
 use lepton_api::Fault;
-use lepton_api::types::{MemoryBackendType, SnapshotCreate, SnapshotLoad, SnapshotType};
+use lepton_api::types::{SnapshotCreate, SnapshotLoad, SnapshotType};
 
 use super::dispatch::{Controller, console_of, refused};
 use super::phase::Phase;
@@ -10,7 +10,9 @@ use crate::config::saved::{Overrides, SavedConfig};
 use crate::events::Loop;
 use crate::kvm::Hypervisor;
 use crate::machine::restore::{self, Restoration};
-use crate::snapshot::{self, LoadError, Saved};
+use crate::memory::pager::PageError;
+use crate::snapshot::{self, Backend, Extent, LoadError, Saved};
+use crate::vcpu::Stop;
 
 impl From<&SnapshotLoad> for Overrides {
     fn from(load: &SnapshotLoad) -> Self {
@@ -33,17 +35,19 @@ impl From<&SnapshotLoad> for Overrides {
 impl Controller {
     /// PUT /snapshot/create.
     pub(super) fn create_snapshot(&mut self, request: &SnapshotCreate) -> Result<(), Fault> {
-        let Phase::Paused(paused) = &self.phase else {
+        let Phase::Paused(paused) = &mut self.phase else {
             return Err(refused(Denied::NotPaused));
         };
-        if request.snapshot_type == SnapshotType::Diff {
-            return Err(refused("snapshot_type Diff: not part of this version"));
-        }
+        let extent = match request.snapshot_type {
+            SnapshotType::Full => Extent::Full,
+            SnapshotType::Diff => Extent::Diff,
+        };
         let config = SavedConfig::from(&self.configuration);
         let started = std::time::Instant::now();
         snapshot::create(
             paused,
             config,
+            extent,
             &request.snapshot_path,
             &request.mem_file_path,
         )
@@ -68,26 +72,22 @@ impl Controller {
         log::debug!("state read");
         let mut configuration = saved.configure(&Overrides::from(request))?;
         log::debug!("devices made");
-        let path = match (&request.mem_backend, &request.mem_file_path) {
-            (Some(backend), _) if backend.backend_type == MemoryBackendType::File => {
-                &backend.backend_path
-            }
-            (_, Some(path)) => path,
-            _ => return Err(LoadError::Uffd),
-        };
-        let ram = saved.map(path, &configuration)?;
+        let around = self.surroundings();
+        let stopped = around.stopped.clone();
+        let failed = move |error: PageError| stopped(Stop::Failed(error.to_string()));
+        let (state, ram) = saved.map(&Backend::try_from(request)?, &configuration, failed)?;
         log::debug!("memory mapped");
         configuration.serial = self.configuration.serial.clone();
         let (console, room) = console_of(&configuration.serial)?;
         let restoration = Restoration {
-            state: &saved.state,
+            state: &state,
             vcpus: configuration.shape().topology.vcpus,
             ram,
             devices: configuration.devices.all(),
             console,
             clock_catches_up: request.clock_realtime,
         };
-        let built = restore::restore(&Hypervisor::open()?, restoration, self.surroundings())?;
+        let built = restore::restore(&Hypervisor::open()?, restoration, around)?;
         self.configuration = configuration;
         let paused = self.adopt(built, room, events);
         self.phase = match request.resume_vm {

@@ -6,8 +6,8 @@ use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
 use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES, kvm_clock_data,
-    kvm_enable_cap, kvm_msi, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES,
+    KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data, kvm_enable_cap, kvm_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use lepton_devices::Memory;
@@ -154,19 +154,25 @@ impl Hypervisor {
         }
     }
 
-    /// Makes a machine with this memory and a local APIC for each vCPU to come.
+    /// Makes a machine with this memory and a local APIC for each vCPU to come. With `track_dirty` it can tell which
+    /// pages its vCPUs wrote ([`Vm::dirty_log`]).
     ///
     /// The order matters: once there is an interrupt controller, each memory slot costs a grace period of the host
     /// kernel, several milliseconds.
-    pub fn create_vm(&self, memory: &Memory) -> Result<Vm, KvmError> {
+    pub fn create_vm(&self, memory: &Memory, track_dirty: bool) -> Result<Vm, KvmError> {
         let fd = match self.blank.take() {
             Some(fd) => fd,
             None => call("KVM_CREATE_VM", self.kvm.create_vm())?,
         };
+        let flags = if track_dirty {
+            KVM_MEM_LOG_DIRTY_PAGES
+        } else {
+            0
+        };
         for (slot, region) in memory.iter().enumerate() {
             let slot_bytes = kvm_userspace_memory_region {
                 slot: slot as u32,
-                flags: 0,
+                flags,
                 guest_phys_addr: region.start_addr().0,
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr() as u64,
@@ -206,6 +212,12 @@ impl Vm {
             "KVM_IOEVENTFD",
             self.fd.register_ioevent(kick, &address, queue),
         )
+    }
+
+    /// The pages of slot `slot`, `bytes` long, that vCPUs wrote since the last call: one bit each.
+    pub fn dirty_log(&self, slot: u32, bytes: u64) -> Result<Vec<u64>, KvmError> {
+        let bytes = usize::try_from(bytes).unwrap_or(0);
+        call("KVM_GET_DIRTY_LOG", self.fd.get_dirty_log(slot, bytes))
     }
 
     /// The machine's kvm-clock. No vCPU may run.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use lepton_devices::Memory;
+use lepton_devices::dirty::DirtyPages;
 use lepton_devices::legacy::ioapic::{self, IoApic};
 use lepton_devices::virtio::interrupt::Interrupt;
 use lepton_devices::virtio::state::RestoreError;
@@ -60,6 +61,8 @@ pub struct Slots<'a> {
     pub ioapic: &'a Arc<IoApic>,
     /// Whether its devices are paused.
     pub paused: &'a Arc<DevicesPaused>,
+    /// Where what they write is noted.
+    pub dirty: Option<Arc<DirtyPages>>,
 }
 
 /// A device with its place.
@@ -124,9 +127,11 @@ impl Slots<'_> {
         )
         .map_err(host)?;
         let memory = self.memory.clone();
+        let mut transport = MmioTransport::new(device, memory, interrupt.clone(), kicks);
+        transport.track(self.dirty.clone());
         Ok(Attached {
             place,
-            transport: MmioTransport::new(device, memory, interrupt.clone(), kicks),
+            transport,
             events,
             interrupt,
         })

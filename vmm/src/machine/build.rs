@@ -111,8 +111,9 @@ pub fn build(
         console,
     } = blueprint;
     let memory = memory::allocate(shape.memory, shape.huge_pages)?;
+    let ram = Ram::new(memory.clone(), Origin::Zeroes).tracked(shape.track_dirty_pages);
     log::debug!("memory mapped");
-    let vm = hypervisor.create_vm(&memory)?;
+    let vm = hypervisor.create_vm(&memory, shape.track_dirty_pages)?;
     log::debug!("virtual machine made");
     let pins = layout::VIRTIO_IRQ as usize + devices.len();
     let ioapic = Arc::new(IoApic::new(vm.msi_sink(), pins));
@@ -122,6 +123,7 @@ pub fn build(
         memory: &memory,
         ioapic: &ioapic,
         paused: &devices_paused,
+        dirty: ram.dirty(),
     };
     let attached = attach_all(&slots, &devices)?;
     let places: Vec<_> = attached.iter().map(|a| a.place).collect();
@@ -134,10 +136,7 @@ pub fn build(
     let wiring = assemble::serial_wiring(&ioapic, console);
     let parts = Parts {
         vm,
-        ram: Ram {
-            memory,
-            origin: Origin::Zeroes,
-        },
+        ram,
         vcpus,
         serial: SerialPort::new(wiring),
         i8042: I8042::new(assemble::line(&ioapic, layout::I8042_IRQ)),

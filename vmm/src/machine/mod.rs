@@ -19,12 +19,14 @@ pub mod state;
 
 use std::sync::Arc;
 
+use lepton_devices::dirty::PAGE;
 use lepton_devices::virtio::device::DeviceError;
 use lepton_devices::virtio::transport::mmio::{SharedDevice, lock};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::events::DevicesPaused;
-use crate::kvm::Vm;
+use crate::kvm::{KvmError, Vm};
 use crate::memory::Ram;
 use crate::vcpu::bus::Bus;
 use crate::vcpu::state::CpuidLeaf;
@@ -106,6 +108,37 @@ impl Paused {
     /// Its memory, which stands still.
     pub fn ram(&self) -> &Ram {
         &self.0.ram
+    }
+
+    /// The record of the machine's memory, to be changed by a snapshot of it.
+    pub fn ram_mut(&mut self) -> &mut Ram {
+        &mut self.0.ram
+    }
+
+    /// Adds the pages that were written since the last call to [`Tracking::pending`]. Does nothing where no record is
+    /// kept.
+    ///
+    /// [`Tracking::pending`]: crate::memory::Tracking::pending
+    pub fn collect_dirty_pages(&mut self) -> Result<(), KvmError> {
+        let Machine { vm, ram, .. } = &mut self.0;
+        let Some(tracking) = &mut ram.tracking else {
+            return Ok(());
+        };
+        let mut now = tracking.devices.take();
+        let mut first = 0;
+        for (slot, region) in (0..).zip(ram.memory.iter()) {
+            // Regions are whole MiB: each begins with a word of its own.
+            let log = vm.dirty_log(slot, region.len())?;
+            for (word, bits) in now.iter_mut().skip(first).zip(log) {
+                *word |= bits;
+            }
+            first += (region.len() / PAGE / 64) as usize;
+        }
+        tracking.pending.resize(now.len(), 0);
+        for (word, bits) in tracking.pending.iter_mut().zip(now) {
+            *word |= bits;
+        }
+        Ok(())
     }
 
     /// Lets devices and vCPUs go on.

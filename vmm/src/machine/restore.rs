@@ -83,7 +83,7 @@ pub fn restore(
         compatible::check(&vcpu.cpuid, supported)?;
     }
     log::debug!("processor is compatible");
-    let vm = hypervisor.create_vm(&ram.memory)?;
+    let vm = hypervisor.create_vm(&ram.memory, ram.tracking.is_some())?;
     let legacy = |what| move |source| RestoreMachineError::Legacy { what, source };
     let pins = layout::VIRTIO_IRQ as usize + devices.len();
     let ioapic = Arc::new(IoApic::new(vm.msi_sink(), pins));
@@ -95,6 +95,7 @@ pub fn restore(
         memory: &ram.memory,
         ioapic: &ioapic,
         paused: &devices_paused,
+        dirty: ram.dirty(),
     };
     let mut attached = Vec::with_capacity(devices.len());
     for (index, ((id, device), saved)) in devices.iter().zip(&state.devices).enumerate() {

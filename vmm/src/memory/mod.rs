@@ -3,15 +3,21 @@
 
 pub mod file;
 pub mod image;
+pub mod pager;
 pub mod present;
+pub mod userfault;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use lepton_api::types::HugePages;
 use lepton_devices::Memory;
+use lepton_devices::dirty::DirtyPages;
+use lepton_snapshot::Leaves;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
+use self::pager::{Paging, Source};
+use self::userfault::Userfault;
 use crate::arch::x86_64::layout;
 
 const MIB: u64 = 1 << 20;
@@ -92,8 +98,10 @@ pub enum MemoryError {
 pub enum Origin {
     /// Zeroes.
     Zeroes,
-    /// What is at its place in a file, which is mapped.
-    File,
+    /// What is at its place in a memory file.
+    File(Mutex<Source>),
+    /// What another process gives, to which the descriptor was handed.
+    Elsewhere(Userfault),
 }
 
 /// A machine's memory, and where it comes from.
@@ -102,6 +110,48 @@ pub struct Ram {
     pub memory: Arc<Memory>,
     /// What it holds where nobody has touched it.
     pub origin: Origin,
+    /// What was written since the last snapshot, if a record is kept.
+    pub tracking: Option<Tracking>,
+    /// The hashes of the last snapshot that this process wrote.
+    pub last: Option<Leaves>,
+    /// What fills it when it is touched.
+    pager: Option<Paging>,
+}
+
+/// The record of written pages.
+pub struct Tracking {
+    /// What devices write.
+    pub devices: Arc<DirtyPages>,
+    /// What was asked of KVM and of the devices and is not in a snapshot yet: one bit per page, region after region.
+    pub pending: Vec<u64>,
+}
+
+impl Ram {
+    /// Memory that no snapshot was made of.
+    pub fn new(memory: Arc<Memory>, origin: Origin) -> Self {
+        Ram {
+            memory,
+            origin,
+            tracking: None,
+            last: None,
+            pager: None,
+        }
+    }
+
+    /// Keeps a record of written pages from now on.
+    #[must_use]
+    pub fn tracked(mut self, on: bool) -> Self {
+        self.tracking = on.then(|| Tracking {
+            devices: Arc::new(DirtyPages::new(&self.memory)),
+            pending: Vec::new(),
+        });
+        self
+    }
+
+    /// Where devices note what they write.
+    pub fn dirty(&self) -> Option<Arc<DirtyPages>> {
+        Some(self.tracking.as_ref()?.devices.clone())
+    }
 }
 
 /// Maps guest memory. Pages cost nothing until the guest touches them.

@@ -2,14 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
+use lepton_api::types::{HugePages, MemoryBackendType, SnapshotLoad};
 use lepton_snapshot::codec::{self, CodecError};
 use lepton_snapshot::{Manifest, MemoryFileError, StateFileError, memory_file, state_file};
 
-use crate::config::Configuration;
 use crate::config::saved::{Overrides, SavedConfig, SavedConfigError};
+use crate::config::{Configuration, Shape};
 use crate::machine::restore::RestoreMachineError;
 use crate::machine::state::MachineState;
-use crate::memory::{MemoryError, Ram, image};
+use crate::memory::Ram;
+use crate::memory::image::{self, ImageError};
+use crate::memory::pager::{PageError, Source};
 
 /// Why a saved machine is not loaded.
 #[derive(Debug, thiserror::Error)]
@@ -27,12 +30,12 @@ pub enum LoadError {
         "the state file names a memory of {saved} bytes, its configuration one of {configured}"
     )]
     MemorySize { saved: u64, configured: u64 },
+    #[error("exactly one of mem_backend and mem_file_path says where memory is")]
+    Backend,
     #[error("huge_pages 2M: a memory file cannot be mapped with huge pages; use the Uffd backend")]
     HugePages,
-    #[error("mem_backend Uffd: not part of this version")]
-    Uffd,
     #[error(transparent)]
-    Memory(#[from] MemoryError),
+    Image(#[from] ImageError),
     #[error(transparent)]
     Restore(#[from] RestoreMachineError),
     #[error(transparent)]
@@ -75,17 +78,64 @@ impl Saved {
         }
     }
 
-    /// Maps the memory file at `path`.
-    pub fn map(&self, path: &Path, configuration: &Configuration) -> Result<Ram, LoadError> {
-        let shape = configuration.shape();
-        if shape.huge_pages == lepton_api::types::HugePages::Hugetlbfs2M {
-            return Err(LoadError::HugePages);
+    /// Gets the memory. `failed` is told of the first chunk that is not what was saved.
+    pub fn map(
+        self,
+        backend: &Backend,
+        configuration: &Configuration,
+        failed: impl FnOnce(PageError) + Send + 'static,
+    ) -> Result<(MachineState, Ram), LoadError> {
+        let Saved { state, manifest } = self;
+        let Shape {
+            memory,
+            huge_pages,
+            track_dirty_pages,
+            ..
+        } = configuration.shape();
+        let source = |path: &Path| -> Result<Source, LoadError> {
+            if huge_pages == HugePages::Hugetlbfs2M {
+                return Err(LoadError::HugePages);
+            }
+            let file = memory_file::open(path, manifest.bytes(), manifest.root())?;
+            Ok(Source { file, manifest })
+        };
+        let ram = match backend {
+            Backend::Checked(path) => {
+                image::map_verified(source(path)?, memory, huge_pages, failed)?
+            }
+            Backend::Unchecked(path) => image::map_unverified(source(path)?, memory, huge_pages)?,
+            Backend::Elsewhere(path) => image::map_elsewhere(path, memory, huge_pages)?,
+        };
+        Ok((state, ram.tracked(track_dirty_pages)))
+    }
+}
+
+/// Where memory comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Backend {
+    /// From this file, each chunk checked when it is touched.
+    Checked(PathBuf),
+    /// From this file, as it is.
+    Unchecked(PathBuf),
+    /// From the process that listens at this socket.
+    Elsewhere(PathBuf),
+}
+
+impl TryFrom<&SnapshotLoad> for Backend {
+    type Error = LoadError;
+
+    fn try_from(load: &SnapshotLoad) -> Result<Self, LoadError> {
+        match (&load.mem_backend, &load.mem_file_path) {
+            (Some(backend), None) => {
+                let path = backend.backend_path.clone();
+                Ok(match backend.backend_type {
+                    MemoryBackendType::File if backend.verify => Backend::Checked(path),
+                    MemoryBackendType::File => Backend::Unchecked(path),
+                    MemoryBackendType::Uffd => Backend::Elsewhere(path),
+                })
+            }
+            (None, Some(path)) => Ok(Backend::Checked(path.clone())),
+            _ => Err(LoadError::Backend),
         }
-        let file = memory_file::open(path, self.manifest.bytes(), self.manifest.root())?;
-        Ok(image::map_unverified(
-            &file,
-            shape.memory,
-            shape.huge_pages,
-        )?)
     }
 }

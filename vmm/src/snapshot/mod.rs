@@ -4,5 +4,5 @@
 mod create;
 mod load;
 
-pub use create::{CreateError, create};
-pub use load::{LoadError, Saved};
+pub use create::{CreateError, Extent, create};
+pub use load::{Backend, LoadError, Saved};

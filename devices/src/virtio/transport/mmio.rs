@@ -20,6 +20,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::Memory;
+use crate::dirty::DirtyPages;
 use crate::virtio::device::{DeviceKind, Resources, VirtioDevice};
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::queue::VirtQueue;
@@ -104,6 +105,8 @@ pub struct MmioTransport {
     driver_features: u64,
     queue_select: u32,
     queues: Vec<QueueRegisters>,
+    /// Where what the device writes is noted.
+    dirty: Option<Arc<DirtyPages>>,
 }
 
 impl MmioTransport {
@@ -138,7 +141,13 @@ impl MmioTransport {
             driver_features: 0,
             queue_select: 0,
             queues,
+            dirty: None,
         }
+    }
+
+    /// Lets what the device writes be noted in `dirty`, from its next activation on.
+    pub fn track(&mut self, dirty: Option<Arc<DirtyPages>>) {
+        self.dirty = dirty;
     }
 
     /// A read of `data.len()` bytes at `offset` of the page. Registers are 32 bits wide and aligned (VIRTIO 1.3,
@@ -372,7 +381,7 @@ impl MmioTransport {
                 .map_err(|e| format!("queue {index}: {e}"))?;
             let queue = VirtQueue::new(queue, index, self.memory.clone(), self.interrupt.clone())
                 .map_err(|e| format!("queue {index}: {e}"))?;
-            queues.push(queue);
+            queues.push(queue.tracked(self.dirty.clone()));
         }
         let resources = Resources {
             memory: self.memory.clone(),

@@ -29,6 +29,8 @@ impl MmioTransport {
             driver_features,
             queue_select,
             queues,
+            // The memory's affair.
+            dirty: _,
         } = self;
         let queue = |&QueueRegisters {
                          max_size: _,

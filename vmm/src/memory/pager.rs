@@ -1,0 +1,235 @@
+//! Memory that is checked when it is first touched.
+//!
+//! The machine's memory is empty, and faults on it come to a thread of ours. It reads the chunk of 64 KiB from the
+//! memory file, hashes it, compares, and only then fills it in. So a load costs nothing that grows with memory, and a
+//! guest never sees a byte that was not saved.
+#![allow(unsafe_code)] // filling pages of guest memory
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use lepton_devices::Memory;
+use lepton_snapshot::{CHUNK, Hash, Manifest, ManifestError};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::userfault::Userfault;
+use crate::exit::ExitCode;
+
+/// How long the machine has to end in order, once a chunk is bad.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Why a chunk cannot be filled in.
+#[derive(Debug, thiserror::Error)]
+pub enum PageError {
+    /// It is not what was saved.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// It cannot be read.
+    #[error("memory file: chunk {chunk} cannot be read: {source}")]
+    Read {
+        /// The chunk.
+        chunk: u64,
+        /// The host's reason.
+        source: io::Error,
+    },
+    /// The kernel did not take it, or tells of no more faults.
+    #[error("userfaultfd: {0}")]
+    Userfault(#[from] io::Error),
+    /// A fault in memory that is none of the machine's.
+    #[error("userfaultfd: a fault at {0:#x}, where no guest memory is")]
+    Stray(u64),
+}
+
+/// A memory file and its hashes.
+pub struct Source {
+    /// The file.
+    pub file: File,
+    /// The hashes.
+    pub manifest: Manifest,
+}
+
+impl Source {
+    /// Reads a chunk into `buffer` and checks it. False: it is all zeroes, and was not read.
+    pub fn read(&mut self, chunk: u64, buffer: &mut [u8]) -> Result<bool, PageError> {
+        if self.manifest.leaf(chunk)? == Hash::ZERO {
+            return Ok(false);
+        }
+        self.file
+            .read_exact_at(buffer, chunk * CHUNK as u64)
+            .map_err(|source| PageError::Read { chunk, source })?;
+        self.manifest.check(chunk, buffer)?;
+        Ok(true)
+    }
+}
+
+/// Fills memory from a source. Runs on a thread of its own.
+pub struct Pager {
+    userfault: Userfault,
+    /// Kept: the addresses below are its mappings.
+    memory: Arc<Memory>,
+    source: Source,
+    buffer: Vec<u8>,
+    stop: Arc<EventFd>,
+}
+
+/// A pager at work. It stops when this is dropped, which must not be before all who touch the memory are gone.
+pub struct Paging {
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Paging {
+    fn drop(&mut self) {
+        if self.stop.write(1).is_ok()
+            && let Some(thread) = self.thread.take()
+        {
+            // A panic has ended the process already.
+            drop(thread.join());
+        }
+    }
+}
+
+impl Pager {
+    /// Lets faults on `memory`, which nobody has touched yet, be served from `source`.
+    pub fn new(memory: Arc<Memory>, source: Source) -> io::Result<Self> {
+        let userfault = Userfault::new()?;
+        for region in memory.iter() {
+            userfault.register(region.as_ptr() as u64, region.len())?;
+        }
+        Ok(Pager {
+            userfault,
+            memory,
+            source,
+            buffer: vec![0; CHUNK],
+            stop: Arc::new(EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?),
+        })
+    }
+
+    /// Starts to serve. `failed` is told, once, why it cannot go on; who waits for the bad chunk then waits for ever.
+    pub fn spawn(mut self, failed: impl FnOnce(PageError) + Send + 'static) -> io::Result<Paging> {
+        let stop = self.stop.clone();
+        let thread = std::thread::Builder::new()
+            .name("pager".into())
+            .stack_size(256 << 10)
+            .spawn(move || {
+                if let Err(error) = self.serve() {
+                    log::error!("{error}");
+                    failed(error);
+                    // The event loop itself may be who waits for the chunk, on behalf of a device.
+                    std::thread::sleep(GRACE);
+                    std::process::exit(ExitCode::Failure as i32);
+                }
+            })?;
+        Ok(Paging {
+            stop,
+            thread: Some(thread),
+        })
+    }
+
+    fn serve(&mut self) -> Result<(), PageError> {
+        while let Some(fault) = self.userfault.next(&self.stop)? {
+            self.fill(fault)?;
+        }
+        Ok(())
+    }
+
+    fn fill(&mut self, fault: u64) -> Result<(), PageError> {
+        let (start, chunk) = self.find(fault).ok_or(PageError::Stray(fault))?;
+        let content = self.source.read(chunk, &mut self.buffer)?;
+        // SAFETY: `find` gave a whole chunk of a mapping that `new` registered and `self.memory` keeps.
+        let filled = unsafe {
+            match content {
+                true => self.userfault.copy(start, &self.buffer)?,
+                false => self.userfault.zero(start, CHUNK as u64)?,
+            }
+        };
+        if !filled {
+            // Two vCPUs met at the same chunk: the second is only to be woken.
+            self.userfault.wake(start, CHUNK as u64)?;
+        }
+        Ok(())
+    }
+
+    /// Where the chunk of an address begins, and its number. Regions are whole numbers of chunks.
+    fn find(&self, address: u64) -> Option<(u64, u64)> {
+        let mut before = 0;
+        for region in self.memory.iter() {
+            let base = region.as_ptr() as u64;
+            if let Some(offset) = address.checked_sub(base)
+                && offset < region.len()
+            {
+                let offset = offset - offset % CHUNK as u64;
+                return Some((base + offset, (before + offset) / CHUNK as u64));
+            }
+            before += region.len();
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lepton_api::types::HugePages;
+    use lepton_snapshot::{Leaves, Replacement, state_file};
+    use std::path::Path;
+    use std::sync::mpsc::channel;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::memory::{MemorySize, allocate};
+
+    /// A saved memory of 1 MiB, whose second chunk holds sevens and whose third eights.
+    fn source(folder: &Path) -> Source {
+        let memory = Replacement::new(&folder.join("memory")).unwrap();
+        let mut leaves = Leaves::new(1 << 20).unwrap();
+        for (chunk, byte) in [(1, 7), (2, 8)] {
+            let content = vec![byte; CHUNK];
+            leaves.set(chunk, Hash::of_chunk(&content)).unwrap();
+            let at = chunk * CHUNK as u64;
+            memory.file().write_all_at(&content, at).unwrap();
+        }
+        let state = Replacement::new(&folder.join("state")).unwrap();
+        state_file::write(&state, b"", &leaves, &leaves.groups()).unwrap();
+        state.put_in_place().unwrap();
+        Source {
+            file: memory.file().try_clone().unwrap(),
+            manifest: state_file::open(&folder.join("state")).unwrap().memory,
+        }
+    }
+
+    #[test]
+    fn a_chunk_is_checked_when_it_is_touched() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = source(folder.path());
+        source.file.write_all_at(&[9], 2 * CHUNK as u64).unwrap();
+        let size = MemorySize::new(1, HugePages::None).unwrap();
+        let memory = allocate(size, HugePages::None).unwrap();
+        let pager = match Pager::new(memory.clone(), source) {
+            Ok(pager) => pager,
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                eprintln!("SKIPPED: userfaultfd: {error}");
+                return;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        let mut pager = pager;
+        let (sender, failed) = channel();
+        // Not `spawn`: that ends the process.
+        std::thread::spawn(move || sender.send(pager.serve().unwrap_err().to_string()));
+        let at = |chunk: u64| GuestAddress(chunk * CHUNK as u64 + 5000);
+        assert_eq!(memory.read_obj::<u8>(at(1)).unwrap(), 7);
+        assert_eq!(memory.read_obj::<u8>(at(3)).unwrap(), 0);
+        memory.write_obj(1u8, at(3)).unwrap();
+        assert_eq!(memory.read_obj::<u8>(at(3)).unwrap(), 1);
+        // Nobody will ever fill the damaged one: a thread that is left behind waits for it.
+        let waits = memory.clone();
+        std::thread::spawn(move || waits.read_obj::<u8>(at(2)).unwrap());
+        let error = failed.recv().unwrap();
+        assert!(error.contains("chunk 2 (bytes 0x20000"), "{error}");
+    }
+}
