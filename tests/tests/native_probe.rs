@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use lepton_tests::metal::{Metal, pattern, results};
 use lepton_tests::suite::{self, Need, Order};
-use lepton_tests::{PATIENCE, test};
+use lepton_tests::{Api, PATIENCE, Vmm, linux, test};
 use serde_json::{Value, json};
 
 fn main() -> ExitCode {
@@ -21,6 +21,7 @@ fn main() -> ExitCode {
             test!(what_is_on_the_drive_it_reads),
             test!(it_finds_devices_by_acpi),
             test!(it_flushes),
+            test!(a_drive_under_load_is_saved_and_goes_on),
             test!(an_idle_processor_sleeps),
             test!(bad_arguments_are_told),
         ],
@@ -172,6 +173,78 @@ fn it_flushes() {
         (&json!(0), &json!(40960))
     );
     assert!(fs::read(drive).expect("the drive's file") == pattern(0, 40960));
+}
+
+/// A VMM whose log is apart from its console.
+fn quiet() -> (Vmm, Api) {
+    let builder = Vmm::builder();
+    let log = builder.directory().join("log");
+    let vmm = builder
+        .arguments(["--log-path".into(), log.into_os_string()])
+        .spawn();
+    let mut api = vmm.api();
+    assert_eq!(api.state(), "Not started");
+    (vmm, api)
+}
+
+fn a_drive_under_load_is_saved_and_goes_on() {
+    const SIZE: usize = 4 << 20;
+    const COUNT: u64 = 20_000;
+    for (mode, engine, counter) in [
+        ("blk_read", "Sync", "lepton_block_read_count"),
+        ("blk_read", "Async", "lepton_block_read_count"),
+        ("blk_write", "Async", "lepton_block_write_count"),
+    ] {
+        let place = tempfile::tempdir().expect("a temporary directory");
+        let path = |name: &str| place.path().join(name);
+        fs::write(path("drive"), pattern(7, SIZE)).expect("a drive");
+        let snapshot = json!({ "snapshot_path": path("state"), "mem_file_path": path("memory") });
+        let load = json!({
+            "snapshot_path": path("state"),
+            "mem_backend": { "backend_type": "File", "backend_path": path("memory") },
+            "resume_vm": true,
+        });
+        let (mut vmm, mut api) = quiet();
+        api.configure(&json!({
+            "boot-source": {
+                "kernel_image_path": linux::file("LEPTON_PROBE"),
+                "boot_args": format!(
+                    "probe.mode={mode} probe.verify=1 probe.seed=7 probe.qd=16 probe.count={COUNT}"
+                ),
+            },
+            "machine-config": { "vcpu_count": 1, "mem_size_mib": 128 },
+            "drives": [{
+                "drive_id": "d", "path_on_host": path("drive"), "is_root_device": false,
+                "is_read_only": false, "io_engine": engine,
+            }],
+        }));
+        api.start();
+        // Saved in the midst of its work, and again after the first restore.
+        for _ in 0..2 {
+            let before = api.counter(counter);
+            api.wait_for_more(counter, before + 100);
+            api.reach("Paused");
+            api.put("/snapshot/create", &snapshot);
+            assert_eq!(
+                vmm.terminate().text(),
+                "",
+                "it was done before it was saved"
+            );
+            (vmm, api) = quiet();
+            api.put("/snapshot/load", &load);
+        }
+        drop(api);
+        let ended = vmm.wait().expect_code(0);
+        let results = results("PROBE ", &ended.text());
+        assert_eq!(results.len(), 1, "{}", ended.text());
+        let told = (&results[0]["ops"], &results[0]["errors"]);
+        assert_eq!(told, (&json!(COUNT), &json!(0)), "{mode} {engine}");
+        let found = fs::read(path("drive")).expect("a drive");
+        assert!(
+            found == pattern(7, SIZE),
+            "{mode} {engine}: the drive changed"
+        );
+    }
 }
 
 fn an_idle_processor_sleeps() {
