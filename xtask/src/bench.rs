@@ -8,6 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use clap::Args;
 
+use crate::check::instructions;
 use crate::guest;
 use crate::host::Kvm;
 use crate::packages;
@@ -46,6 +47,14 @@ pub struct BenchArguments {
     /// List the benchmarks
     #[arg(long)]
     list: bool,
+
+    /// Count the instructions of the hot paths instead, and compare them with benches/baseline.json
+    #[arg(long, conflicts_with_all = ["only", "peer", "rounds", "strict", "list"])]
+    instructions: bool,
+
+    /// Make the counted instructions the new benches/baseline.json
+    #[arg(long, requires = "instructions")]
+    accept: bool,
 }
 
 fn names() -> impl Iterator<Item = &'static str> {
@@ -77,6 +86,14 @@ pub fn run(arguments: &BenchArguments) -> Result<u8> {
         return Ok(0);
     }
     let progress = Progress::new();
+    if arguments.accept {
+        instructions::accept(&progress)?;
+        return Ok(0);
+    }
+    if arguments.instructions {
+        let counts = instructions::run(&progress)?;
+        return Ok(u8::from(counts.failed > 0));
+    }
     let built = Programs::build(
         &progress,
         Profile::Release,

@@ -6,7 +6,7 @@ pub mod interrupt;
 pub mod net;
 pub mod queue;
 pub mod state;
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod transport;
 pub mod vsock;

@@ -23,7 +23,7 @@ fn rule(package: &str) -> Option<May> {
             "lepton-hostio",
         ]),
         "lepton" => May::Use(&["lepton-api", "lepton-agent"]),
-        "lepton-tests" | "lepton-benches" | "lepton-fuzz" => May::UseAll,
+        "lepton-tests" | "lepton-benches" | "lepton-hot-paths" | "lepton-fuzz" => May::UseAll,
         _ => return None,
     })
 }

@@ -3,6 +3,7 @@
 mod captured;
 mod counts;
 mod dependencies;
+pub mod instructions;
 mod lab_itself;
 mod lab_tests;
 
@@ -55,19 +56,22 @@ pub fn run(fast: bool, release: bool, only: &[String]) -> Result<u8> {
         ("dependencies", crate_dependencies),
         ("units", unit_tests),
     ];
-    let in_lab: [(&str, Check); 1] = [("lab", lab_itself::run)];
+    let slow: [(&str, Check); 2] = [
+        ("instructions", instructions::run),
+        ("lab", lab_itself::run),
+    ];
     let chosen = |name: &str| only.is_empty() || only.iter().any(|word| word == name);
     for (name, run) in checks {
         if chosen(name) {
             check(run(&progress));
         }
     }
-    for (name, run) in in_lab {
+    for (name, run) in slow {
         if chosen(name) && !fast {
             check(run(&progress));
         }
     }
-    let is_check = |word: &String| checks.iter().chain(&in_lab).any(|(name, _)| name == word);
+    let is_check = |word: &String| checks.iter().chain(&slow).any(|(name, _)| name == word);
     if fast {
         eprintln!("--fast: the tests of the whole system were not run");
     } else if only.is_empty() || !only.iter().all(is_check) {
