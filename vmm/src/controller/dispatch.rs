@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use lepton_api::types::{ActionType, InstanceInfo, InstanceState, Logger, Version, VmState};
+use lepton_api::types::{
+    ActionType, HugePages, InstanceInfo, InstanceState, Logger, Version, VmState,
+};
 use lepton_api::{Action, Fault, Reply};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
@@ -21,6 +23,7 @@ use crate::exit::ExitCode;
 use crate::kvm::{self, Hypervisor};
 use crate::machine::Paused;
 use crate::machine::build::{self, Blueprint, BuildError, Built, Console, Surroundings};
+use crate::memory::small_pages::SmallPages;
 use crate::metrics::{Counted, Groups, Metrics, OPEN_METRICS};
 use crate::vcpu::Stop;
 
@@ -279,7 +282,14 @@ impl Controller {
         };
         let mailbox = self.mailbox.clone();
         let around = surroundings(&self.options, mailbox);
+        let small_pages = match shape.huge_pages {
+            HugePages::None => SmallPages::begin()?,
+            HugePages::Hugetlbfs2M | HugePages::Transparent => None,
+        };
         let built = build::build(&hypervisor, blueprint, around)?;
+        if let Some(small_pages) = small_pages {
+            events.add_subscriber(Box::new(small_pages));
+        }
         let paused = self.adopt(built, room, events);
         self.phase = Phase::Running(paused.resume());
         // Asked only now: CPUID is slow on a host that is itself a guest.

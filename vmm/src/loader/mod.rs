@@ -85,6 +85,13 @@ pub struct Image {
     pub path: PathBuf,
 }
 
+impl Image {
+    /// Its length now; 0 if the host does not tell.
+    pub fn bytes(&self) -> u64 {
+        self.file.metadata().map_or(0, |metadata| metadata.len())
+    }
+}
+
 /// A run of guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Placed {

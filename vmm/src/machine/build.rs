@@ -1,7 +1,9 @@
 //! The cold boot: from a configuration to a paused machine at its first instruction.
 
 use std::io::{self, Write};
+use std::panic::resume_unwind;
 use std::sync::Arc;
+use std::thread;
 
 use kvm_bindings::CpuId;
 use lepton_devices::Memory;
@@ -23,7 +25,7 @@ use crate::config::cpu::CpuTemplate;
 use crate::config::{BootSource, Shape};
 use crate::events::{DeviceEvents, DevicesPaused};
 use crate::kvm::{Hypervisor, KvmError, Vm};
-use crate::loader::{self, BootInfo, Entry, LoadError};
+use crate::loader::{self, BootInfo, Entry, Image, LoadError, Placed};
 use crate::memory::{self, MemoryError, Origin, Ram};
 use crate::vcpu::Stop;
 use crate::vcpu::state::{CpuidLeaf, Vcpu};
@@ -113,8 +115,7 @@ pub fn build(
     let memory = memory::allocate(shape.memory, shape.huge_pages)?;
     let ram = Ram::new(memory.clone(), Origin::Zeroes).tracked(shape.track_dirty_pages);
     log::debug!("memory mapped");
-    let vm = hypervisor.create_vm(&memory, shape.track_dirty_pages)?;
-    log::debug!("virtual machine made");
+    let (vm, loaded) = create_and_load(hypervisor, &memory, shape, boot)?;
     let pins = layout::VIRTIO_IRQ as usize + devices.len();
     let ioapic = Arc::new(IoApic::new(vm.msi_sink(), pins));
     let devices_paused = Arc::new(DevicesPaused::default());
@@ -128,8 +129,8 @@ pub fn build(
     let attached = attach_all(&slots, &devices)?;
     let places: Vec<_> = attached.iter().map(|a| a.place).collect();
     log::debug!("{} devices attached", places.len());
-    let entry = load(&memory, shape, boot, &device_arguments, &places)?;
-    log::debug!("kernel loaded");
+    let entry = write_tables(&memory, shape, boot, loaded, &device_arguments, &places)?;
+    log::debug!("boot tables written");
     let vcpus = create_vcpus(hypervisor, &vm, shape, cpu, &entry)?;
     log::debug!("{} vCPUs made", vcpus.len());
 
@@ -159,19 +160,62 @@ fn attach_all(
         .collect()
 }
 
-/// Puts the kernel and all that it is told into memory.
-fn load(
+/// Images this large take longer to load than a thread takes to come and go.
+const WORTH_A_THREAD: u64 = 1 << 20;
+
+/// Kernel and initrd in guest memory.
+struct Loaded {
+    entry: Entry,
+    initrd: Option<Placed>,
+}
+
+/// Makes the virtual machine and loads what it boots, at the same time: KVM_CREATE_VM waits for the host kernel, ten
+/// milliseconds on one with cgroups and no `favordynmods`, and the other reads files.
+fn create_and_load(
+    hypervisor: &Hypervisor,
     memory: &Memory,
     shape: Shape,
     boot: &mut BootSource,
-    device_arguments: &str,
-    places: &[MmioDevice],
-) -> Result<Entry, BuildError> {
+) -> Result<(Vm, Loaded), BuildError> {
+    let create = || hypervisor.create_vm(memory, shape.track_dirty_pages);
+    let images = [Some(&boot.kernel), boot.initrd.as_ref()];
+    let bytes = images.into_iter().flatten().map(Image::bytes);
+    if bytes.fold(0, u64::saturating_add) < WORTH_A_THREAD {
+        let vm = create()?;
+        return Ok((vm, load(memory, boot)?));
+    }
+    thread::scope(|scope| {
+        let loader = thread::Builder::new()
+            .name("loader".into())
+            .spawn_scoped(scope, || load(memory, boot))?;
+        let vm = create();
+        log::debug!("virtual machine made");
+        // With panic = "abort" there is no thread that panicked and can still be joined.
+        let loaded = loader.join().unwrap_or_else(|panic| resume_unwind(panic));
+        Ok((vm?, loaded?))
+    })
+}
+
+fn load(memory: &Memory, boot: &mut BootSource) -> Result<Loaded, LoadError> {
     let entry = loader::load_kernel(memory, &mut boot.kernel)?;
     let initrd = match &mut boot.initrd {
         Some(image) => Some(loader::load_initrd(memory, image)?),
         None => None,
     };
+    log::debug!("kernel loaded");
+    Ok(Loaded { entry, initrd })
+}
+
+/// Puts all that the kernel is told into memory.
+fn write_tables(
+    memory: &Memory,
+    shape: Shape,
+    boot: &BootSource,
+    loaded: Loaded,
+    device_arguments: &str,
+    places: &[MmioDevice],
+) -> Result<Entry, BuildError> {
+    let Loaded { entry, initrd } = loaded;
     // As many as there are lines; attaching has bounded the devices.
     let pins = layout::VIRTIO_IRQ as u8 + places.len() as u8;
     mptable::write(memory, shape.topology.vcpus, pins)?;

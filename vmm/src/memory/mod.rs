@@ -5,6 +5,7 @@ pub mod file;
 pub mod image;
 pub mod pager;
 pub mod present;
+pub mod small_pages;
 pub mod userfault;
 
 use std::sync::{Arc, Mutex};
