@@ -7,6 +7,7 @@ pub mod bars;
 pub mod catalogue;
 pub mod guest;
 pub mod host;
+pub mod init;
 pub mod interrupt;
 pub mod machine;
 pub mod measure;

@@ -1,19 +1,21 @@
 //! A Linux guest's way to its init.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use lepton_tests::programs::hardware_kvm;
 
 use super::{Case, Context, Place, Reading, for_each_side};
 use crate::guest::Guest;
+use crate::init;
 use crate::machine::{Drive, Engine};
-use crate::process::Failure;
+use crate::process::{Failure, Running};
 use crate::side::{Driver, OURS, Side};
 
+const INSTRUCTION: &str = "boot.first-instruction";
 const INIT: &str = "boot.init";
 const END: &str = "boot.end";
 
-/// What init says.
+/// What /bin/echo says as init.
 const SAYS: &str = "init-runs";
 
 /// The Linux that is booted.
@@ -35,7 +37,7 @@ pub struct Linux {
 
 /// Start to init, and to the end.
 pub fn cases(context: &Context) -> Vec<Case<'_>> {
-    for_each_side(context, &[INIT, END], move |side, driver| {
+    for_each_side(context, &[INSTRUCTION, INIT, END], move |side, driver| {
         boot(side, driver, context)
     })
 }
@@ -52,25 +54,50 @@ fn boot(side: &Side, driver: &dyn Driver, context: &Context) -> Result<Vec<Readi
     };
     hardware_kvm().map_err(Failure::NotOffered)?;
     let place = Place::new(Guest::Reset, context.patience)?;
-    let mut machine = place.machine();
-    machine.kernel = std::path::absolute(kernel)?;
-    machine.command_line = format!(
-        "console=ttyS0 quiet reboot=k panic=-1 rootfstype={} init=/bin/echo -- {SAYS}",
-        linux.file_system
-    );
-    machine.drives.push(Drive {
-        path: std::path::absolute(image)?,
-        root: true,
-        read_only: true,
-        engine: Engine::Sync,
-    });
-    let mut running = place.boots(driver, &machine)?;
-    let init = running.says(SAYS.as_bytes(), "init")?;
-    let mut readings = vec![Reading::milliseconds(INIT, init - running.started)];
+    let kernel = std::path::absolute(kernel)?;
+
+    // An image of our own, whose init writes its mark and restarts.
+    let own = init::write_image(place.folder())?;
+    let mut running = run(
+        &place,
+        driver,
+        &kernel,
+        &own,
+        &format!("erofs init={}", init::PATH),
+    )?;
+    let first = running.says(&[init::MARK], "init")?;
+    let mut readings = vec![Reading::milliseconds(INSTRUCTION, first - running.started)];
+    drop(running);
+
+    let image = std::path::absolute(image)?;
+    let echo = format!("{} init=/bin/echo -- {SAYS}", linux.file_system);
+    let mut running = run(&place, driver, &kernel, &image, &echo)?;
+    let output = running.says(SAYS.as_bytes(), "init")?;
+    readings.push(Reading::milliseconds(INIT, output - running.started));
     if driver.ends_with_reset() {
         running.console()?;
         let (_, end) = running.ends()?;
         readings.push(Reading::milliseconds(END, end - running.started));
     }
     Ok(readings)
+}
+
+/// Boots `kernel` with `image` as its root; `root` is the root's file system and the arguments behind it.
+fn run(
+    place: &Place,
+    driver: &dyn Driver,
+    kernel: &Path,
+    image: &Path,
+    root: &str,
+) -> Result<Running, Failure> {
+    let mut machine = place.machine();
+    machine.kernel = kernel.to_owned();
+    machine.command_line = format!("console=ttyS0 quiet reboot=k panic=-1 rootfstype={root}");
+    machine.drives.push(Drive {
+        path: image.to_owned(),
+        root: true,
+        read_only: true,
+        engine: Engine::Sync,
+    });
+    place.boots(driver, &machine)
 }

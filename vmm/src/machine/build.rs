@@ -50,6 +50,8 @@ pub enum BuildError {
     Cpuid { id: u8, source: kvm_ioctls::Error },
     #[error("boot tables: {0}")]
     Tables(#[from] vm_memory::GuestMemoryError),
+    #[error("loader thread: {0}")]
+    Loader(io::Error),
     #[error(transparent)]
     Assemble(#[from] AssembleError),
 }
@@ -187,7 +189,8 @@ fn create_and_load(
     thread::scope(|scope| {
         let loader = thread::Builder::new()
             .name("loader".into())
-            .spawn_scoped(scope, || load(memory, boot))?;
+            .spawn_scoped(scope, || load(memory, boot))
+            .map_err(BuildError::Loader)?;
         let vm = create();
         log::debug!("virtual machine made");
         // With panic = "abort" there is no thread that panicked and can still be joined.
