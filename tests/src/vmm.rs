@@ -254,15 +254,8 @@ impl Vmm {
 
     /// Waits for the process to end by itself, and checks that it leaves no socket behind.
     #[track_caller]
-    pub fn wait(mut self) -> Ended {
-        let ended = self.has_ended_within(PATIENCE);
-        assert!(ended, "the VMM does not end");
-        let ended = Ended {
-            status: self.child.wait().expect("it has ended"),
-            stdout: self.stdout.to_end(),
-            stderr: String::from_utf8_lossy(&self.stderr.to_end()).into_owned(),
-            directory: self.directory.take().expect("kept until now"),
-        };
+    pub fn wait(self) -> Ended {
+        let ended = self.wait_for_fault();
         let left = sockets(ended.directory.path());
         assert!(
             left.is_empty(),
@@ -270,6 +263,19 @@ impl Vmm {
             ended.text()
         );
         ended
+    }
+
+    /// Waits for an end that comes too suddenly to remove sockets.
+    #[track_caller]
+    pub fn wait_for_fault(mut self) -> Ended {
+        let ended = self.has_ended_within(PATIENCE);
+        assert!(ended, "the VMM does not end");
+        Ended {
+            status: self.child.wait().expect("it has ended"),
+            stdout: self.stdout.to_end(),
+            stderr: String::from_utf8_lossy(&self.stderr.to_end()).into_owned(),
+            directory: self.directory.take().expect("kept until now"),
+        }
     }
 
     /// Ends the process by SIGTERM.

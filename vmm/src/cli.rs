@@ -62,7 +62,7 @@ pub struct Cli {
     #[arg(long, value_name = "PATH")]
     pub metrics_path: Option<PathBuf>,
 
-    /// Compiled seccomp filters to use instead of the built-in ones.
+    /// JSON file of seccomp filters to use instead of the built-in ones.
     #[arg(long, value_name = "PATH", conflicts_with = "no_seccomp")]
     pub seccomp_filter: Option<PathBuf>,
 

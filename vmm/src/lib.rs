@@ -17,6 +17,7 @@ pub mod machine;
 pub mod memory;
 pub mod metrics;
 pub mod process;
+pub mod seccomp;
 pub mod signal;
 pub mod snapshot;
 pub mod vcpu;

@@ -2,8 +2,9 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
 use std::time::SystemTime;
 
@@ -42,6 +43,14 @@ static LOGGER: Logger = Logger {
     missed: AtomicU64::new(0),
 };
 
+/// Where lines go, for whoever cannot wait for the logger: a handler of a signal.
+static DESCRIPTOR: AtomicI32 = AtomicI32::new(libc::STDOUT_FILENO);
+
+/// Where lines go: a descriptor that stays open.
+pub fn descriptor() -> RawFd {
+    DESCRIPTOR.load(Ordering::Relaxed)
+}
+
 /// Starts to log to the standard output at level Info, as machine `id`.
 pub fn init(id: &str) {
     write_state(|state| state.id = id.to_owned());
@@ -55,8 +64,9 @@ pub fn init(id: &str) {
 pub fn configure(settings: &Settings) -> Result<(), SinkError> {
     let sink = settings.log_path.as_deref().map(open_sink).transpose()?;
     write_state(|state| {
-        if sink.is_some() {
-            state.sink = sink;
+        if let Some(file) = sink {
+            DESCRIPTOR.store(file.as_raw_fd(), Ordering::Relaxed);
+            state.sink = Some(file);
         }
         state.show_level = settings.show_level.unwrap_or(state.show_level);
         state.show_origin = settings.show_log_origin.unwrap_or(state.show_origin);

@@ -20,6 +20,7 @@ use lepton_vmm::exit::ExitCode;
 use lepton_vmm::kvm;
 use lepton_vmm::machine::boot_timer::time_on;
 use lepton_vmm::process;
+use lepton_vmm::seccomp::{Filters, Thread};
 use lepton_vmm::signal::{self, OrderlyEnds};
 use rustix::time::ClockId;
 
@@ -46,6 +47,7 @@ fn failure<E: std::fmt::Display>(code: ExitCode, what: &str) -> impl FnOnce(E) -
 #[unsafe(no_mangle)]
 extern "C" fn main() {
     process::start();
+    signal::end_on_panic();
     let code = match Cli::try_parse() {
         Ok(cli) => match run(cli) {
             Ok(code) => code,
@@ -68,16 +70,14 @@ extern "C" fn main() {
 }
 
 fn run(cli: Cli) -> Result<ExitCode, Failure> {
-    if let Some(path) = &cli.seccomp_filter {
-        // Better no machine than one that is thought to be confined and is not.
-        return Err(Failure {
-            code: ExitCode::BadArguments,
-            message: format!(
-                "--seccomp-filter {}: this version has no seccomp filters",
-                path.display()
-            ),
-        });
-    }
+    let filters = match &cli.seccomp_filter {
+        _ if cli.no_seccomp => Filters::none(),
+        None => Filters::built_in(),
+        Some(path) => {
+            Filters::from_file(path).map_err(failure(ExitCode::Failure, "--seccomp-filter"))?
+        }
+    };
+    let filters = Arc::new(filters);
     let host = |what| failure::<io::Error>(ExitCode::Failure, what);
     take_descriptors(&cli)?;
     // The log first: what the API's thread says is to go where the command line says.
@@ -91,7 +91,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
     // The socket comes early: a client waits for it, and can wait in it.
     let api = match cli.no_api {
         true => None,
-        false => Some(Api::serve(&cli, mailbox.clone())?),
+        false => Some(Api::serve(&cli, mailbox.clone(), filters.clone())?),
     };
     let mut events = events::new_loop().map_err(failure(ExitCode::Failure, "event loop"))?;
     events.add_subscriber(inbox.waker());
@@ -99,14 +99,21 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         ends,
         mailbox: mailbox.clone(),
     }));
+    let of_vcpu = filters.clone();
     let options = Options {
         id: cli.id().to_owned(),
         boot_timer: cli.boot_timer,
-        confine_vcpu: Arc::new(|| Ok(())),
+        confine_vcpu: Arc::new(move || of_vcpu.confine(Thread::Vcpu).map_err(io::Error::other)),
     };
     let mut controller =
         Controller::new(options, mailbox).map_err(failure(ExitCode::Failure, "defaults"))?;
+    // Before the filter: the first look at the clock asks the kernel where it is.
+    time_on(ClockId::Monotonic);
     controller.metrics_mut().startup_us = startup(&cli);
+    // From here on come files and requests that are not ours.
+    filters
+        .confine(Thread::Vmm)
+        .map_err(failure(ExitCode::Failure, "seccomp"))?;
     configure(&cli, &mut controller, &mut events)?;
     let code = attend(&mut controller, &inbox, &mut events)?;
     // Requests that wait for an answer get one.
@@ -211,7 +218,7 @@ struct Api {
 
 impl Api {
     /// Binds the socket and serves it.
-    fn serve(cli: &Cli, mailbox: Mailbox) -> Result<Self, Failure> {
+    fn serve(cli: &Cli, mailbox: Mailbox, filters: Arc<Filters>) -> Result<Self, Failure> {
         let path = cli.api_socket();
         let cannot = |why: String| Failure {
             code: ExitCode::Failure,
@@ -235,6 +242,10 @@ impl Api {
             .name("api".into())
             .stack_size(512 << 10)
             .spawn(move || {
+                if let Err(error) = filters.confine(Thread::Api) {
+                    log::error!("the API cannot be confined: {error}");
+                    return mailbox.send(Message::End(ExitCode::Failure));
+                }
                 if let Err(error) = server.serve(|action| mailbox.request(action)) {
                     log::error!("the API cannot be served any more: {error}");
                     mailbox.send(Message::End(ExitCode::Failure));

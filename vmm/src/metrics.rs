@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Write as _;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use lepton_api::Action;
@@ -236,6 +238,15 @@ pub enum TargetError {
     Sink(#[from] SinkError),
 }
 
+/// Where metrics go, for the handler of a signal that ends the process; negative: nowhere.
+static DESCRIPTOR: AtomicI32 = AtomicI32::new(-1);
+
+/// Where metrics go: a descriptor that stays open, if there is one.
+pub fn descriptor() -> Option<RawFd> {
+    let fd = DESCRIPTOR.load(Ordering::Relaxed);
+    (fd >= 0).then_some(fd)
+}
+
 /// All metrics of the process.
 #[derive(Default)]
 pub struct Metrics {
@@ -258,8 +269,10 @@ impl Metrics {
         if self.target.is_some() {
             return Err(TargetError::Twice);
         }
+        let file = open_sink(&target.metrics_path)?;
+        DESCRIPTOR.store(file.as_raw_fd(), Ordering::Relaxed);
         self.target = Some(Target {
-            file: open_sink(&target.metrics_path)?,
+            file,
             emit_id: target.emit_id,
             properties: target.properties.unwrap_or_default(),
         });
@@ -316,6 +329,12 @@ impl Metrics {
                 "missed_log_count": crate::log::missed(),
                 "rate_limited_log_count": 0,
             }),
+        );
+        // Each of these ends the process, so it is counted in a last line of its own (see `signal`).
+        line.insert("seccomp".into(), json!({ "num_faults": 0 }));
+        line.insert(
+            "signals".into(),
+            json!({ "sigbus": 0, "sigill": 0, "sigsegv": 0, "sigxcpu": 0, "sigxfsz": 0 }),
         );
         for (name, group) in self.all(groups) {
             let mut values = Map::new();

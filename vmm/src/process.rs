@@ -7,12 +7,16 @@
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 /// To be called first, before any thread is started.
 pub fn start() {
     keep_standard_streams();
     // SAFETY: no other thread exists yet, and ignoring a signal runs no code.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    // No core dump, and no other process of the same user attaches to this one or reads its memory and files in /proc.
+    // It fails only for a value that the kernel does not know.
+    drop(set_dumpable_behavior(DumpableBehavior::NotDumpable));
     // One heap for all threads. glibc would give each an arena of its own: four system calls and some pages at each
     // thread's start, for threads that hardly allocate.
     // SAFETY: mallopt sets a number; no other thread exists yet.

@@ -1,0 +1,334 @@
+//! What a VMM gives up: system calls, thread by thread, and being looked into.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+use lepton_tests::guest::{Entry, Program};
+use lepton_tests::suite::{self, Need, Order};
+use lepton_tests::vmm::Builder;
+use lepton_tests::{Api, Ended, PATIENCE, Vmm, programs, test};
+use serde_json::{Value, json};
+
+fn main() -> ExitCode {
+    suite::run(
+        Order::Together,
+        &[Need::Kvm],
+        [
+            test!(every_thread_has_a_filter_of_its_own),
+            test!(without_seccomp_there_are_no_filters),
+            test!(a_forbidden_call_of_the_event_loop_ends_the_vmm),
+            test!(a_forbidden_call_of_a_vcpu_ends_the_vmm),
+            test!(a_forbidden_call_of_the_api_ends_the_vmm),
+            test!(a_forbidden_argument_ends_the_vmm),
+            test!(a_file_of_filters_that_cannot_be_used_is_refused),
+            test!(guest_memory_stays_out_of_core_dumps),
+            test!(others_of_the_same_user_cannot_look_into_it).needs(Need::Root),
+        ],
+    )
+}
+
+/// The machine of these tests: it runs until it is stopped.
+fn config(directory: &Path, vcpus: u8) -> Value {
+    let kernel = Program::tick().write(directory, Entry::Linux64);
+    json!({
+        "boot-source": { "kernel_image_path": kernel },
+        "machine-config": { "vcpu_count": vcpus, "mem_size_mib": 128 },
+    })
+}
+
+/// A thread's name, its seccomp mode, how many filters it has, and whether it has given up new privileges.
+type Confinement = (String, u32, u32, u32);
+
+fn confinement(vmm: &Vmm) -> Vec<Confinement> {
+    let path = format!("/proc/{}/task", vmm.pid());
+    let mut threads: Vec<Confinement> = fs::read_dir(path)
+        .expect("the VMM runs")
+        .filter_map(|entry| {
+            let status = fs::read_to_string(entry.ok()?.path().join("status")).ok()?;
+            let value = |key: &str| {
+                let of_key =
+                    |line: &str| Some(line.strip_prefix(key)?.strip_prefix(':')?.trim().to_owned());
+                status.lines().find_map(of_key)
+            };
+            let number = |key| value(key)?.parse().ok();
+            Some((
+                value("Name")?,
+                number("Seccomp")?,
+                number("Seccomp_filters")?,
+                number("NoNewPrivs")?,
+            ))
+        })
+        // The kernel's own.
+        .filter(|(name, ..)| !name.starts_with("kvm-") && !name.starts_with("iou-"))
+        .collect();
+    threads.sort();
+    threads
+}
+
+#[track_caller]
+fn expect_confinement(vmm: &Vmm, expected: &[(&str, u32, u32, u32)]) {
+    let expected: Vec<Confinement> = expected
+        .iter()
+        .map(|(name, a, b, c)| (name.to_string(), *a, *b, *c))
+        .collect();
+    let deadline = Instant::now() + PATIENCE;
+    // A thread takes its filter a moment after it has come to be.
+    loop {
+        let found = confinement(vmm);
+        if found == expected {
+            return;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "{found:?} instead of {expected:?}"
+        );
+    }
+}
+
+/// The name of the first thread: the program's, of which the kernel keeps 15 characters.
+fn main_thread() -> String {
+    let program = programs::vmm().file_name().expect("a program has a name");
+    program.to_string_lossy().chars().take(15).collect()
+}
+
+fn every_thread_has_a_filter_of_its_own() {
+    let (vmm, mut api) = Vmm::with_api();
+    let main = main_thread();
+    // Before there is a machine, clients are served and confinement is in place.
+    expect_confinement(&vmm, &[("api", 2, 1, 1), (&main, 2, 1, 1)]);
+    api.configure(&config(vmm.directory(), 2));
+    api.start();
+    // A vCPU's thread has the event loop's filter, which started it, and its own.
+    let (vcpu0, vcpu1) = (("vcpu 0", 2, 2, 1), ("vcpu 1", 2, 2, 1));
+    expect_confinement(&vmm, &[("api", 2, 1, 1), (&main, 2, 1, 1), vcpu0, vcpu1]);
+    vmm.terminate();
+}
+
+fn without_seccomp_there_are_no_filters() {
+    let builder = Vmm::builder().arguments(["--no-seccomp"]);
+    let config = config(builder.directory(), 1);
+    let vmm = builder.config(&config).spawn();
+    let main = main_thread();
+    expect_confinement(
+        &vmm,
+        &[("api", 0, 0, 0), (&main, 0, 0, 0), ("vcpu 0", 0, 0, 0)],
+    );
+    vmm.terminate();
+}
+
+/// The VMM's own lists as one file.
+fn lists() -> Value {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/seccomp/x86_64");
+    let read = |name: &str| -> Value {
+        let text = fs::read(folder.join(name).with_extension("json")).expect("a list");
+        serde_json::from_slice(&text).expect("JSON")
+    };
+    let mut all = json!({});
+    for thread in ["api", "vmm", "vcpu"] {
+        all[thread] = read(thread)[thread].clone();
+        // The VMM under test may be a debug build.
+        let rules = all[thread]["filter"].as_array_mut().expect("a list");
+        rules.extend(read("debug").as_array().expect("a list").iter().cloned());
+    }
+    all
+}
+
+/// Takes a call off a thread's list, or with an argument only the rule for that.
+fn without(mut lists: Value, thread: &str, call: &str, argument: Option<&str>) -> Value {
+    let rules = lists[thread]["filter"].as_array_mut().expect("a list");
+    let before = rules.len();
+    rules.retain(|rule| {
+        let named = |comment: &str| {
+            rule["args"]
+                .as_array()
+                .is_some_and(|args| args.iter().any(|a| a["comment"] == comment))
+        };
+        rule["syscall"] != call || argument.is_some_and(|comment| !named(comment))
+    });
+    assert!(rules.len() < before, "{thread} has no {call} {argument:?}");
+    lists
+}
+
+/// A VMM with these filters, a log and metrics.
+fn with_filters(lists: &Value) -> Builder {
+    let builder = Vmm::builder();
+    let path = |name: &str| builder.directory().join(name).into_os_string();
+    let (filters, log, metrics) = (path("filters.json"), path("log"), path("metrics"));
+    fs::write(&filters, lists.to_string()).expect("a file can be written");
+    builder.arguments([
+        "--seccomp-filter".into(),
+        filters,
+        "--log-path".into(),
+        log,
+        "--metrics-path".into(),
+        metrics,
+    ])
+}
+
+/// Checks that a VMM ended for a forbidden call, and said so on the standard error, in the log and in the metrics.
+#[track_caller]
+fn expect_violation(ended: Ended, thread: &str, number: i64, name: &str) {
+    let ended = ended.expect_code(148);
+    let line =
+        format!("thread \"{thread}\": its seccomp filter forbids system call {number} ({name})");
+    assert!(ended.stderr.contains(&line), "{line}:\n{}", ended.stderr);
+    let read = |name| fs::read_to_string(ended.directory.path().join(name)).expect("a file");
+    let log = read("log");
+    assert!(log.contains(&line), "{line}:\n{log}");
+    let metrics = read("metrics");
+    let last: Value = serde_json::from_str(metrics.lines().last().unwrap_or("")).expect("JSON");
+    assert_eq!(last["seccomp"]["num_faults"], 1, "{metrics}");
+    assert!(
+        last["utc_timestamp_ms"].as_u64() > Some(1_700_000_000_000),
+        "{metrics}"
+    );
+}
+
+fn a_forbidden_call_of_the_event_loop_ends_the_vmm() {
+    let builder = with_filters(&without(lists(), "vmm", "sysinfo", None)).without_api();
+    let config = config(builder.directory(), 1);
+    let ended = builder.config(&config).spawn().wait();
+    expect_violation(ended, &main_thread(), 99, "sysinfo");
+}
+
+fn a_forbidden_call_of_a_vcpu_ends_the_vmm() {
+    let builder = with_filters(&without(lists(), "vcpu", "ioctl", None)).without_api();
+    let config = config(builder.directory(), 1);
+    let ended = builder.config(&config).spawn().wait();
+    expect_violation(ended, "vcpu 0", 16, "ioctl");
+}
+
+fn a_forbidden_argument_ends_the_vmm() {
+    let lists = without(lists(), "vmm", "ioctl", Some("KVM_CREATE_VM"));
+    let builder = with_filters(&lists).without_api();
+    let config = config(builder.directory(), 1);
+    let ended = builder.config(&config).spawn().wait();
+    expect_violation(ended, &main_thread(), 16, "ioctl");
+}
+
+fn a_forbidden_call_of_the_api_ends_the_vmm() {
+    let vmm = with_filters(&without(lists(), "api", "sendto", None)).spawn();
+    let mut api: Api = vmm.api();
+    let answer = api.try_request("GET", "/", "");
+    assert!(answer.is_err(), "{answer:?}");
+    expect_violation(vmm.wait_for_fault(), "api", 44, "sendto");
+}
+
+fn a_file_of_filters_that_cannot_be_used_is_refused() {
+    let mut no_vcpu = lists();
+    no_vcpu.as_object_mut().expect("an object").remove("vcpu");
+    let mut unknown_call = lists();
+    unknown_call["api"]["filter"][3]["syscall"] = json!("frobnicate");
+    for (filters, says) in [
+        (
+            no_vcpu,
+            "filters.json: there is no filter for the thread vcpu",
+        ),
+        (
+            unknown_call,
+            "filters.json: thread api, rule 4 (frobnicate)",
+        ),
+        (json!([]), "filters.json: invalid type"),
+    ] {
+        let ended = with_filters(&filters).spawn().wait().expect_code(1);
+        assert!(ended.stderr.contains(says), "{says}: {}", ended.stderr);
+    }
+    let missing = ["--seccomp-filter", "/no/such/file"];
+    let ended = Vmm::builder()
+        .arguments(missing)
+        .spawn()
+        .wait()
+        .expect_code(1);
+    assert!(
+        ended.stderr.contains("--seccomp-filter: /no/such/file: "),
+        "{}",
+        ended.stderr
+    );
+}
+
+fn guest_memory_stays_out_of_core_dumps() {
+    let builder = Vmm::builder();
+    let config = config(builder.directory(), 1);
+    let vmm = builder.config(&config).spawn();
+    vmm.api().state();
+    let smaps = fs::read_to_string(format!("/proc/{}/smaps", vmm.pid())).expect("the VMM runs");
+    let (mut size, mut checked) = (0, 0);
+    for line in smaps.lines() {
+        if let Some(kib) = line.strip_prefix("Size:") {
+            size = kib.trim().trim_end_matches(" kB").parse().expect("a size");
+        } else if let Some(flags) = line.strip_prefix("VmFlags:") {
+            // Nothing else of this size is mapped.
+            if size >= 128 << 10 {
+                assert!(
+                    flags.split_whitespace().any(|flag| flag == "dd"),
+                    "{size} KiB: {flags}"
+                );
+                checked += 1;
+            }
+        }
+    }
+    assert_eq!(checked, 1, "{smaps}");
+    vmm.terminate();
+}
+
+/// A process that is not dumpable belongs to root in /proc, whoever runs it.
+fn others_of_the_same_user_cannot_look_into_it() {
+    const NOBODY: u32 = 65534;
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = |name: &str| directory.path().join(name);
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("our own");
+    // The workspace may lie where nobody may look.
+    fs::copy(programs::vmm(), path("vmm")).expect("a program can be copied");
+    fs::create_dir(path("own")).expect("a directory");
+    chown(path("own"), Some(NOBODY), Some(NOBODY)).expect("we are root");
+    let socket = path("own").join("api.sock");
+    let mut child = Command::new(path("vmm"))
+        .arg("--api-sock")
+        .arg(&socket)
+        .uid(NOBODY)
+        .gid(NOBODY)
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("the VMM starts");
+    let deadline = Instant::now() + PATIENCE;
+    while std::os::unix::net::UnixStream::connect(&socket).is_err() {
+        assert!(Instant::now() < deadline, "the API does not listen");
+    }
+    let owner = |name: &str| {
+        fs::metadata(format!("/proc/{}/{name}", child.id()))
+            .expect("it runs")
+            .uid()
+    };
+    let owners = [owner("mem"), owner("fd"), owner("maps")];
+    child.kill().expect("it runs");
+    child.wait().expect("it has ended");
+    assert_eq!(owners, [0; 3]);
+    // What the check is worth: a process that is dumpable belongs to its user.
+    let mut other = Command::new("cat")
+        .uid(NOBODY)
+        .gid(NOBODY)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("cat starts");
+    other
+        .stdin
+        .as_mut()
+        .expect("a pipe")
+        .write_all(b"x")
+        .expect("cat reads");
+    let mut byte = [0];
+    std::io::Read::read_exact(other.stdout.as_mut().expect("a pipe"), &mut byte)
+        .expect("cat writes");
+    let owner = fs::metadata(format!("/proc/{}/mem", other.id()))
+        .expect("it runs")
+        .uid();
+    other.kill().expect("it runs");
+    other.wait().expect("it has ended");
+    assert_eq!(owner, NOBODY);
+}

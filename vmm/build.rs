@@ -1,0 +1,53 @@
+//! Compiles the lists of system calls into BPF programs, so that nothing is left to parse when the VMM starts.
+
+use std::error::Error;
+use std::fmt::Write as _;
+use std::path::Path;
+use std::{env, fs};
+
+use serde_json::{Map, Value};
+
+#[path = "src/seccomp/compile.rs"]
+mod compile;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let is_debug = env::var_os("CARGO_CFG_DEBUG_ASSERTIONS").is_some();
+    let lists = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("../resources/seccomp/x86_64");
+    let read = |name: &str| -> Result<Value, Box<dyn Error>> {
+        let path = lists.join(name).with_extension("json");
+        println!("cargo::rerun-if-changed={}", path.display());
+        let named = |error: &dyn Error| format!("{}: {error}", path.display());
+        let text = fs::read(&path).map_err(|error| named(&error))?;
+        Ok(serde_json::from_slice(&text).map_err(|error| named(&error))?)
+    };
+    let mut document = Value::Object(Map::new());
+    let debug = read("debug")?;
+    for thread in compile::THREADS {
+        document[thread] = read(thread)?[thread].take();
+        let rules = document[thread]["filter"].as_array_mut();
+        if let (Some(rules), Some(more), true) = (rules, debug.as_array(), is_debug) {
+            rules.extend(more.iter().cloned());
+        }
+    }
+    println!("cargo::rerun-if-changed=src/seccomp/compile.rs");
+    let programs = compile::compile(document.to_string().as_bytes())?;
+    let mut code = String::new();
+    for (thread, program) in compile::THREADS.iter().zip(programs) {
+        let name = thread.to_uppercase();
+        writeln!(
+            code,
+            "pub static {name}: [sock_filter; {}] = [",
+            program.len()
+        )?;
+        for step in program {
+            let (code_, jt, jf, k) = (step.code, step.jt, step.jf, step.k);
+            writeln!(
+                code,
+                "    sock_filter {{ code: {code_}, jt: {jt}, jf: {jf}, k: {k} }},"
+            )?;
+        }
+        writeln!(code, "];")?;
+    }
+    fs::write(Path::new(&env::var("OUT_DIR")?).join("seccomp.rs"), code)?;
+    Ok(())
+}
