@@ -16,7 +16,7 @@ pub fn start() {
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
     // No core dump, and no other process of the same user attaches to this one or reads its memory and files in /proc.
     // It fails only for a value that the kernel does not know.
-    drop(set_dumpable_behavior(DumpableBehavior::NotDumpable));
+    let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     // One heap for all threads. glibc would give each an arena of its own: four system calls and some pages at each
     // thread's start, for threads that hardly allocate.
     // SAFETY: mallopt sets a number; no other thread exists yet.

@@ -104,7 +104,7 @@ struct TestArguments {
     #[arg(long)]
     release: bool,
 
-    /// Only these: format, lints, dependencies, units, instructions, lab, or a word in the names of system test programs
+    /// Only these: format, lints, dependencies, units, calls, instructions, lab, or a word in the names of system test programs
     #[arg(value_name = "WORD", conflicts_with = "fast")]
     only: Vec<String>,
 }
