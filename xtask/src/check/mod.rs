@@ -239,8 +239,7 @@ fn system_tests(
             Ok(programs) => programs,
             Err(error) => return check(Err(error)),
         };
-    // Only when named, until it has proved steady on a loaded machine.
-    let trace = only.iter().any(|word| word == used_calls::NAME);
+    let trace = only.is_empty() || only.iter().any(|word| word == used_calls::NAME);
     let all: Option<Vec<Program>> = trace.then(|| programs.clone().into_iter().collect());
     let (mut in_lab, here): (Vec<Program>, Vec<Program>) = programs
         .into_iter()
