@@ -66,7 +66,13 @@ impl Jail {
             ("lepton-vmm", programs::vmm()),
             ("lepton-jailer", programs::jailer()),
         ] {
-            fs::copy(original, copies.path().join(name)).expect("a program can be copied");
+            // By another process: had this one the copy open for writing while another test starts a child, the child
+            // would have it open too, and until it is gone the copy could not be run (ETXTBSY).
+            let copied = Command::new("cp")
+                .arg(original)
+                .arg(copies.path().join(name))
+                .status();
+            assert!(copied.is_ok_and(|status| status.success()), "cp {name}");
         }
         let mut jail = Self::as_another_user().without_owner();
         chown(jail.base(), Some(UID), Some(GID)).expect("root may give folders away");
