@@ -2,6 +2,9 @@
 
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::PATIENCE;
 
 /// A tap device that goes with this value.
 pub struct Tap {
@@ -37,6 +40,24 @@ impl Tap {
             "dev",
             self.name(),
         ]);
+    }
+
+    /// Waits until the host sends what is for the tap. It does so a little after somebody has opened the tap: until then
+    /// the host's kernel drops frames without a word. `ip` asks under the lock under which that changes.
+    #[track_caller]
+    pub fn wait_until_up(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let shown = Command::new("ip")
+                .args(["-oneline", "link", "show", "dev", &self.name])
+                .output()
+                .expect("ip starts");
+            if String::from_utf8_lossy(&shown.stdout).contains(" state UP ") {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{} does not come up", self.name);
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Its name.

@@ -137,6 +137,7 @@ fn frames_that_it_is_sent_are_counted() {
     network.tap.neighbour(&network.guest, MAC);
     let vmm = network.start("probe.mode=net_rx probe.count=1000000");
     vmm.stdout.wait_for("\"ready\":1");
+    network.tap.wait_until_up();
     let to = format!("{}:5000", network.guest);
     for number in (0..COUNT).chain([u64::MAX]) {
         let mut payload = [0; 1000];
@@ -153,6 +154,7 @@ fn frames_come_back() {
     let socket = network.socket(5001);
     let vmm = network.start("probe.mode=net_echo probe.count=50");
     vmm.stdout.wait_for("\"ready\":1");
+    network.tap.wait_until_up();
     let to = format!("{}:5000", network.guest);
     for number in 0..50_u64 {
         let mut payload: Vec<u8> = (0..20 + number * 29).map(|byte| byte as u8).collect();
