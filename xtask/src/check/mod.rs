@@ -30,7 +30,7 @@ const SYSTEM_TESTS: &str = "lepton-tests";
 
 /// A program that runs only when it is named: it fails for a reason that is not found yet. Seen in one of its triple
 /// faults: before any driver, in the middle of a line of the console, on a lab just started; KVM had last handed the
-/// guest a page fault of fetching an instruction. So it is not the devices.
+/// guest a page fault of fetching an instruction. One such trace: no proof, but it points away from the devices.
 const UNSTEADY: &str = "lab_debian";
 
 /// Paths by the names of environment variables.
