@@ -2,7 +2,7 @@
 
 use std::process::exit;
 
-use rustix::process::{WaitOptions, getpid, getsid, setsid, waitpid};
+use rustix::process::{WaitOptions, setsid, waitpid};
 
 use crate::clock::Clock;
 use crate::error::JailError;
@@ -25,7 +25,7 @@ pub fn elsewhere(
     work: impl FnOnce(Clock, &mut Option<Reporter>) -> Result<u8, JailError>,
 ) -> Result<u8, JailError> {
     let (reporter, outcome) = report::pair().map_err(JailError::Pipe)?;
-    let leads_session = getsid(None).is_ok_and(|session| session == getpid());
+    let leads_session = process::leads_session();
     match process::fork().map_err(JailError::Fork)? {
         Side::Parent(child) => {
             drop(reporter);

@@ -25,6 +25,15 @@ fn side(result: i64) -> io::Result<Side> {
     }
 }
 
+/// Whether the end of this process would end its session.
+///
+/// The session's id is 0 where its leader lies outside this process's PID namespace, as in a container; rustix takes
+/// every id for one that is not 0.
+pub fn leads_session() -> bool {
+    // SAFETY: both take no memory.
+    unsafe { libc::getsid(0) == libc::getpid() }
+}
+
 /// Makes a copy of this process.
 pub fn fork() -> io::Result<Side> {
     // SAFETY: the jailer never starts a thread, so the child has all of the state that any code expects.

@@ -177,8 +177,14 @@ impl Jail {
     /// Runs the jailer, which must refuse; what it says comes back.
     #[track_caller]
     pub fn refused(&self) -> String {
+        Self::refusal_of(self.command())
+    }
+
+    /// Runs a jailer's command, which must refuse; what it says comes back.
+    #[track_caller]
+    pub fn refusal_of(mut command: Command) -> String {
         // Should the VMM be started after all, it ends at once.
-        let output = self.command().arg("--version").output();
+        let output = command.arg("--version").output();
         let output = output.expect("the jailer starts");
         let message = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(1), "{message}");
@@ -273,6 +279,25 @@ impl Jailed {
             std::thread::sleep(Duration::from_millis(1));
         }
         Self::new(jail.written_pid(), Some(child), jail)
+    }
+
+    /// Checks that the VMM is [`UID`] and nobody else, and may do what anybody may.
+    #[track_caller]
+    pub fn assert_no_privileges(&self) {
+        for (field, value) in [
+            ("Uid", format!("{UID} {UID} {UID} {UID}")),
+            ("Gid", format!("{GID} {GID} {GID} {GID}")),
+            ("Groups", String::new()),
+            ("CapInh", "0".repeat(16)),
+            ("CapPrm", "0".repeat(16)),
+            ("CapEff", "0".repeat(16)),
+            ("CapBnd", "0".repeat(16)),
+            ("CapAmb", "0".repeat(16)),
+            ("NoNewPrivs", "1".to_owned()),
+            ("Umask", "0077".to_owned()),
+        ] {
+            assert_eq!(self.status(field), value, "{field}");
+        }
     }
 
     /// The API's socket, as seen from outside.

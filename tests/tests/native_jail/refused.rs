@@ -190,6 +190,22 @@ pub fn a_program_that_cannot_be_run_leaves_nothing() {
     }
 }
 
+/// In a container the leader of the jailer's session is often outside its PID namespace, and the session's id is 0.
+pub fn a_session_from_outside_is_no_surprise() {
+    let shell = fs::canonicalize("/bin/sh").expect("there is a shell");
+    for options in [&["--new-pid-ns"][..], &["--daemonize"]] {
+        let jail = Jail::as_another_user().program(&shell).options(options);
+        let command = jail.command();
+        let mut contained = Command::new("unshare");
+        contained
+            .args(["--pid", "--fork"])
+            .arg(command.get_program())
+            .args(command.get_args());
+        let message = Jail::refusal_of(contained);
+        assert!(message.contains("crt-static"), "{options:?}: {message}");
+    }
+}
+
 pub fn a_group_that_cannot_be_leaves_nothing() {
     let cpu = Path::new("/sys/fs/cgroup/cpu");
     if !cpu.join("tasks").exists() {
