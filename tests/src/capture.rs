@@ -1,4 +1,7 @@
 //! What a process writes, kept and waited for.
+//!
+//! A VMM writes two things to its standard output, the guest's console byte by byte and its log line by line, so that a
+//! line of the log can stand in the midst of the guest's. Here it stands before it.
 
 use std::io::Read;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -11,6 +14,45 @@ use crate::PATIENCE;
 struct State {
     bytes: Vec<u8>,
     ended: bool,
+}
+
+/// What a line of the log begins with: digits are zeroes here.
+const TIME: &[u8] = b"0000-00-00T00:00:00.000000000 [";
+
+fn begins_log_line(bytes: &[u8]) -> bool {
+    let Some(head) = bytes.get(..TIME.len()) else {
+        return false;
+    };
+    let is_alike = |(byte, form): (&u8, &u8)| match form {
+        b'0' => byte.is_ascii_digit(),
+        _ => byte == form,
+    };
+    head.iter().zip(TIME).all(is_alike)
+}
+
+/// `bytes` with each complete line of the log that stands in the midst of another line before that line.
+fn untangled(bytes: &[u8]) -> Vec<u8> {
+    let mut text = Vec::with_capacity(bytes.len());
+    let mut line = 0;
+    let mut rest = bytes;
+    while let Some((&byte, after)) = rest.split_first() {
+        if text.len() > line
+            && begins_log_line(rest)
+            && let Some(end) = rest.iter().position(|&byte| byte == b'\n')
+        {
+            let (log, after) = rest.split_at(end + 1);
+            text.splice(line..line, log.iter().copied());
+            line += log.len();
+            rest = after;
+            continue;
+        }
+        text.push(byte);
+        if byte == b'\n' {
+            line = text.len();
+        }
+        rest = after;
+    }
+    text
 }
 
 /// A stream that a thread reads to its end.
@@ -54,7 +96,7 @@ impl Capture {
 
     /// All so far, as text.
     pub fn text(&self) -> String {
-        String::from_utf8_lossy(&self.lock().bytes).into_owned()
+        String::from_utf8_lossy(&untangled(&self.lock().bytes)).into_owned()
     }
 
     /// Waits until the stream contains `pattern`.
@@ -70,8 +112,7 @@ impl Capture {
     #[track_caller]
     pub fn wait_for_within(&self, pattern: &str, patience: Duration) {
         let found = |state: &State| {
-            state
-                .bytes
+            untangled(&state.bytes)
                 .windows(pattern.len())
                 .any(|window| window == pattern.as_bytes())
         };
@@ -89,7 +130,7 @@ impl Capture {
     pub fn to_end(&self) -> Vec<u8> {
         let state = self.wait_until(PATIENCE, |_| false);
         assert!(state.ended, "the stream did not end");
-        state.bytes.clone()
+        untangled(&state.bytes)
     }
 }
 
@@ -107,6 +148,20 @@ mod tests {
         capture.wait_for("gin: ");
         drop(writer);
         assert_eq!(capture.to_end(), b"login: ");
+    }
+
+    #[test]
+    fn a_line_of_the_log_does_not_part_a_line_of_the_guest() {
+        let log = "2026-11-22T03:31:07.100329733 [vm:main] the guest reset itself\n";
+        let stream = format!("{log}P{log}AN{log}IC\nend");
+        let capture = Capture::of(std::io::Cursor::new(stream.clone()));
+        capture.wait_for("PANIC\n");
+        let text = String::from_utf8(capture.to_end()).unwrap();
+        assert_eq!(text, format!("{log}{log}{log}PANIC\nend"));
+        // What is no line of the log, or not all of one, stays where it is.
+        for other in ["a 2026-11-22T03:31:07 [x]\nb", &stream[..log.len() + 40]] {
+            assert_eq!(untangled(other.as_bytes()), other.as_bytes());
+        }
     }
 
     #[test]
