@@ -1,0 +1,89 @@
+//! Snapshots of what has changed.
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::place::{Place, check_counts, configure, let_run, load, paused, quiet};
+
+/// Lays the data of `changes` over `base`, as far as it has some.
+fn lay_over(base: &Path, changes: &Path) {
+    use rustix::fs::{SeekFrom, seek};
+    let from = fs::File::open(changes).expect("changes");
+    let to = OpenOptions::new().write(true).open(base).expect("a base");
+    let mut at = 0;
+    while let Ok(start) = seek(&from, SeekFrom::Data(at)) {
+        let end = seek(&from, SeekFrom::Hole(start)).expect("an end");
+        let mut bytes = vec![0; (end - start) as usize];
+        from.read_exact_at(&mut bytes, start).expect("data");
+        to.write_all_at(&bytes, start).expect("room");
+        at = end;
+    }
+}
+
+/// Bytes of a file that are not in a hole.
+fn stored(path: &Path) -> u64 {
+    fs::metadata(path).expect("a file").blocks() * 512
+}
+
+pub fn differences_make_the_next_snapshot() {
+    let (full, changes) = (Place::new(), Place::new());
+    let (vmm, mut api) = quiet();
+    configure(&vmm, &mut api, 1, 128);
+    api.patch("/machine-config", &json!({ "track_dirty_pages": true }));
+    api.start();
+    let_run(&mut api);
+    api.reach("Paused");
+    api.put("/snapshot/create", &full.create());
+    let mut request = changes.create();
+    request["snapshot_type"] = "Diff".into();
+    let mut stream = Vec::new();
+    let mut machine = (vmm, api);
+    for round in 0..4 {
+        let (vmm, mut api) = machine;
+        api.reach("Resumed");
+        let_run(&mut api);
+        api.reach("Paused");
+        api.put("/snapshot/create", &request);
+        // The counter's page, and what says which memory it is.
+        assert!(stored(&changes.memory()) <= 64 << 10, "round {round}");
+        lay_over(&full.memory(), &changes.memory());
+        fs::copy(changes.state(), full.state()).expect("a state file");
+        if round % 2 == 0 {
+            machine = (vmm, api);
+            continue;
+        }
+        stream.extend(vmm.terminate().stdout);
+        let mut load = full.load();
+        load["track_dirty_pages"] = true.into();
+        load["resume_vm"] = false.into();
+        let (vmm, mut api) = quiet();
+        api.put("/snapshot/load", &load);
+        machine = (vmm, api);
+    }
+    let (vmm, mut api) = machine;
+    api.reach("Resumed");
+    let_run(&mut api);
+    stream.extend(vmm.terminate().stdout);
+    assert!(check_counts(&stream) > 30);
+    // Changes alone are no memory.
+    let (vmm, mut api) = quiet();
+    drop(api.try_request("PUT", "/snapshot/load", &changes.load().to_string()));
+    vmm.wait().expect_code(1);
+}
+
+pub fn differences_without_a_record_are_all_that_was_touched() {
+    let place = Place::new();
+    let (vmm, mut api) = paused(1, 128);
+    let mut request = place.create();
+    request["snapshot_type"] = "Diff".into();
+    api.put("/snapshot/create", &request);
+    let mut stream = vmm.terminate().stdout;
+    let (vmm, mut api) = load(&place);
+    let_run(&mut api);
+    stream.extend(vmm.terminate().stdout);
+    check_counts(&stream);
+}

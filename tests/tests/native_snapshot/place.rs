@@ -1,0 +1,138 @@
+//! What the tests of snapshots have in common: a place to save in, and machines to be saved.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use lepton_tests::guest::{Entry, Program};
+use lepton_tests::{Api, Vmm};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Where a machine is saved.
+pub struct Place(TempDir);
+
+impl Place {
+    /// An empty folder.
+    pub fn new() -> Self {
+        Self(tempfile::tempdir().expect("a temporary directory"))
+    }
+
+    /// A file in its folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// The folder itself.
+    pub fn folder(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// The state file.
+    pub fn state(&self) -> PathBuf {
+        self.path("state")
+    }
+
+    /// The memory file.
+    pub fn memory(&self) -> PathBuf {
+        self.path("memory")
+    }
+
+    /// A request to save a machine here.
+    pub fn create(&self) -> Value {
+        json!({ "snapshot_path": self.state(), "mem_file_path": self.memory() })
+    }
+
+    /// A request to load the machine that is here, and to let it run.
+    pub fn load(&self) -> Value {
+        json!({
+            "snapshot_path": self.state(),
+            "mem_backend": { "backend_type": "File", "backend_path": self.memory() },
+            "resume_vm": true,
+        })
+    }
+}
+
+/// Changes a byte of a file.
+pub fn flip(path: &Path, at: u64) {
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    let file = file.expect("a file to damage");
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).expect("so long");
+    file.write_all_at(&[byte[0] ^ 1], at).expect("writable");
+}
+
+/// A VMM whose log is apart from its console.
+pub fn quiet() -> (Vmm, Api) {
+    let builder = Vmm::builder();
+    let log = builder.directory().join("log");
+    let arguments = ["--log-path".into(), log.into_os_string()];
+    let vmm = builder.arguments(arguments).spawn();
+    let mut api = vmm.api();
+    // Once it has answered, all of it is there.
+    assert_eq!(api.state(), "Not started");
+    (vmm, api)
+}
+
+/// Configures a machine of the counting guest.
+pub fn configure(vmm: &Vmm, api: &mut Api, vcpus: u8, mib: u64) {
+    let kernel = Program::count().write(vmm.directory(), Entry::Pvh);
+    api.configure(&json!({
+        "boot-source": { "kernel_image_path": kernel },
+        "machine-config": { "vcpu_count": vcpus, "mem_size_mib": mib },
+    }));
+}
+
+/// Lets the guest run until it has made some exits.
+pub fn let_run(api: &mut Api) {
+    let before = api.counter("lepton_vcpu_exit_io_out");
+    api.wait_for_more("lepton_vcpu_exit_io_out", before + 20);
+}
+
+/// A machine of the counting guest that has run for a while and is paused.
+pub fn paused(vcpus: u8, mib: u64) -> (Vmm, Api) {
+    let (vmm, mut api) = quiet();
+    configure(&vmm, &mut api, vcpus, mib);
+    api.start();
+    let_run(&mut api);
+    api.reach("Paused");
+    (vmm, api)
+}
+
+/// Loads by a process of its own.
+pub fn load(place: &Place) -> (Vmm, Api) {
+    let (vmm, mut api) = quiet();
+    api.put("/snapshot/load", &place.load());
+    (vmm, api)
+}
+
+/// The reason for which a load is refused, after which the process is as before.
+#[track_caller]
+pub fn refusal(request: &Value) -> String {
+    let (vmm, mut api) = quiet();
+    let before = vmm.open_files();
+    let message = api.refused("PUT", "/snapshot/load", &request.to_string());
+    assert_eq!(api.state(), "Not started");
+    assert_eq!(vmm.open_files(), before, "{message}");
+    message
+}
+
+/// A machine of a guest that ticks, saved and gone.
+pub fn saved(place: &Place) {
+    let (vmm, mut api) = paused(1, 128);
+    api.put("/snapshot/create", &place.create());
+    vmm.terminate();
+}
+
+/// Checks that the words are 1, 1, 2, 2 and so on, and returns how far they come.
+#[track_caller]
+pub fn check_counts(stream: &[u8]) -> u32 {
+    let words = stream.chunks_exact(4);
+    let words = words.map(|word| u32::from_le_bytes(word.try_into().expect("four bytes")));
+    let mut last = 0;
+    for (index, word) in words.enumerate() {
+        assert_eq!(word, index as u32 / 2 + 1, "word {index}");
+        last = word;
+    }
+    last
+}
