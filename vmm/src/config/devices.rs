@@ -11,7 +11,7 @@ use lepton_api::types as wire;
 use lepton_devices::metrics::MetricGroup;
 use lepton_devices::rate_limiter::{BucketConfig, RateLimiterConfig};
 use lepton_devices::virtio::block::{Block, BlockConfig, BlockError, CacheType, EngineKind};
-use lepton_devices::virtio::net::{MacAddr, Net, NetConfig, NetError};
+use lepton_devices::virtio::net::{Net, NetConfig, NetError};
 use lepton_devices::virtio::transport::mmio::SharedDevice;
 use lepton_devices::virtio::vsock::{self, Cid, Vsock, VsockConfig};
 use lepton_hostio::file::{DiskOpenError, open_disk};
@@ -411,7 +411,7 @@ fn make_interface(wire: &wire::NetworkInterface) -> Result<Net, DeviceConfigErro
         .map_err(|source| DeviceConfigError::Tap { id: id(), source })?;
     Net::new(NetConfig {
         tap,
-        mac: wire.guest_mac.map(|mac| MacAddr::from(mac.0)),
+        mac: wire.guest_mac.map(|mac| mac.0),
         mtu: wire.mtu,
         queue_size: QUEUE_SIZE,
         rx_rate_limiter: limits(wire.rx_rate_limiter.as_ref()),

@@ -10,7 +10,7 @@ use virtio_bindings::bindings::virtio_net::*;
 use super::NetMetrics;
 use super::backend::Backend;
 use super::frame;
-use super::mac::MacAddr;
+use super::mac::{self, Mac};
 use super::rx::Receiver;
 use super::tx::Transmitter;
 use crate::rate_limiter::{RateLimiter, RateLimiterConfig};
@@ -35,7 +35,7 @@ pub struct NetConfig<B: Backend = Tap> {
     /// The network.
     pub tap: B,
     /// The guest's address; none: a random one.
-    pub mac: Option<MacAddr>,
+    pub mac: Option<Mac>,
     /// MTU the guest is told, at least [`MIN_MTU`]; none: it is told nothing and takes 1500.
     pub mtu: Option<u16>,
     /// Largest size of each queue, a power of two up to [`MAX_QUEUE_SIZE`].
@@ -65,7 +65,7 @@ pub enum NetError {
 /// STATUS is not offered: without it a driver takes the link to be up, which it always is. Nor is a control queue.
 pub struct Net<B: Backend = Tap> {
     pub(super) backend: B,
-    pub(super) mac: MacAddr,
+    pub(super) mac: Mac,
     pub(super) mtu: Option<u16>,
     pub(super) queue_sizes: [u16; 2],
     pub(super) rx_limiter: RateLimiter,
@@ -91,7 +91,7 @@ impl<B: Backend> Net<B> {
         }
         Ok(Net {
             backend: config.tap,
-            mac: config.mac.unwrap_or_else(MacAddr::random),
+            mac: config.mac.unwrap_or_else(mac::random),
             mtu: config.mtu,
             queue_sizes: [size; 2],
             rx_limiter: RateLimiter::new(config.rx_rate_limiter).map_err(NetError::RateLimiter)?,
@@ -102,7 +102,7 @@ impl<B: Backend> Net<B> {
     }
 
     /// The guest's address.
-    pub fn mac(&self) -> MacAddr {
+    pub fn mac(&self) -> Mac {
         self.mac
     }
 
@@ -154,7 +154,7 @@ impl<B: Backend> Net<B> {
     }
 
     fn config_space(&self) -> [u8; CONFIG_LEN] {
-        let [a, b, c, d, e, f] = self.mac.bytes();
+        let [a, b, c, d, e, f] = self.mac;
         let [m, n] = self.mtu.unwrap_or(0).to_le_bytes();
         // mac, status, max_virtqueue_pairs, mtu.
         [a, b, c, d, e, f, 0, 0, 0, 0, m, n]

@@ -20,7 +20,7 @@ mod tx;
 
 pub use backend::Backend;
 pub use device::{Net, NetConfig, NetError};
-pub use mac::MacAddr;
+pub use mac::Mac;
 pub use state::NetState;
 
 /// Most frames moved in one go before other events have their turn.

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::backend::Backend;
 use super::device::{Active, MIN_MTU, Net};
-use super::mac::{MAC_LEN, MacAddr};
+use super::mac::Mac;
 use crate::rate_limiter::RateLimiterState;
 use crate::virtio::device::DeviceKind;
 use crate::virtio::state::{DeviceState, QueuePosition, RestoreError};
@@ -13,7 +13,7 @@ use crate::virtio::state::{DeviceState, QueuePosition, RestoreError};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetState {
     /// The guest's address.
-    pub mac: [u8; MAC_LEN],
+    pub mac: Mac,
     /// The MTU that the guest is told.
     pub mtu: Option<u16>,
     /// Limits on what the guest receives.
@@ -39,7 +39,7 @@ impl<B: Backend> Net<B> {
             active: _,
         } = self;
         NetState {
-            mac: mac.bytes(),
+            mac: *mac,
             mtu: *mtu,
             rx_limiter: rx_limiter.save(),
             tx_limiter: tx_limiter.save(),
@@ -70,7 +70,7 @@ impl<B: Backend> Net<B> {
         }
         self.rx_limiter.load(rx_limiter)?;
         self.tx_limiter.load(tx_limiter)?;
-        self.mac = MacAddr::new(*mac);
+        self.mac = *mac;
         self.mtu = *mtu;
         Ok(())
     }

@@ -23,7 +23,7 @@ use crate::rate_limiter::{BucketConfig, RateLimiterConfig};
 use crate::virtio::device::{DeviceKind, Progress, VirtioDevice};
 use crate::virtio::testing::{Buffer, TestDriver};
 
-const MAC: MacAddr = MacAddr::new([2, 0, 0, 0, 0, 9]);
+const MAC: Mac = [2, 0, 0, 0, 0, 9];
 const RX: usize = 0;
 const TX: usize = 1;
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
@@ -215,7 +215,7 @@ fn frame(len: usize, seed: usize) -> Vec<u8> {
     let mut frame: Vec<u8> = (0..len)
         .map(|i| (i.wrapping_mul(31) ^ (i >> 8) ^ seed.wrapping_mul(97)) as u8)
         .collect();
-    frame[6..12].copy_from_slice(&MAC.bytes());
+    frame[6..12].copy_from_slice(&MAC);
     frame
 }
 
@@ -271,7 +271,7 @@ fn configuration_space_and_features() {
     assert_eq!(net.queue_sizes(), [1024, 1024]);
     let mut space = [0xff; 16];
     net.read_config(0, &mut space);
-    assert_eq!(space[..6], net.mac().bytes());
+    assert_eq!(space[..6], net.mac());
     assert_eq!(space[6..], [0, 0, 0, 0, 0x28, 0x23, 0, 0, 0, 0]);
     let mut far = [1; 4];
     net.read_config(u64::MAX - 1, &mut far);

@@ -6,7 +6,7 @@ use lepton_hostio::tap::{MAX_SLICES, Offloads, VNET_HEADER_LEN};
 
 use super::backend::Backend;
 use super::frame::{self, ETHERNET_LEN, HEADER_LEN};
-use super::mac::{MAC_LEN, MacAddr};
+use super::mac::{MAC_LEN, Mac};
 use super::{BYTES_PER_TURN, FRAMES_PER_TURN, NetMetrics};
 use crate::Memory;
 use crate::rate_limiter::RateLimiter;
@@ -21,7 +21,7 @@ const PEEK_LEN: usize = VNET_HEADER_LEN + 2 * MAC_LEN;
 pub(super) struct Transmitter {
     queue: VirtQueue,
     offloads: Offloads,
-    mac: MacAddr,
+    mac: Mac,
 }
 
 /// A frame that may go to the host.
@@ -33,7 +33,7 @@ struct Checked<'m> {
 }
 
 impl Transmitter {
-    pub(super) fn new(queue: VirtQueue, features: u64, mac: MacAddr) -> Self {
+    pub(super) fn new(queue: VirtQueue, features: u64, mac: Mac) -> Self {
         Transmitter {
             queue,
             offloads: frame::from_driver(features),
@@ -96,7 +96,7 @@ fn check<'m>(
     memory: &'m Memory,
     chain: &Chain,
     offloads: Offloads,
-    mac: MacAddr,
+    mac: Mac,
 ) -> Result<Option<Checked<'m>>, QueueError> {
     let buffer = &chain.readable;
     if !chain.writable.is_empty() || buffer.len() < HEADER_LEN + ETHERNET_LEN {
@@ -129,7 +129,7 @@ fn check<'m>(
         header,
         body,
         len,
-        is_spoofed: mac != MacAddr::new([a, b, c, d, e, f]),
+        is_spoofed: mac != [a, b, c, d, e, f],
     }))
 }
 

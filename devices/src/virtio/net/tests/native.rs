@@ -190,7 +190,7 @@ fn packet(protocol: u8, payload: &[u8]) -> Vec<u8> {
     ip[2..4].copy_from_slice(&len.to_be_bytes());
     let sum = checksum(&ip, 0);
     ip[10..12].copy_from_slice(&sum.to_be_bytes());
-    [&HOST_MAC[..], &MAC.bytes(), &[8, 0], &ip, payload].concat()
+    [&HOST_MAC[..], &MAC, &[8, 0], &ip, payload].concat()
 }
 
 fn is_udp(frame: &[u8]) -> bool {
@@ -221,7 +221,7 @@ fn datagrams_both_ways() {
             socket.send_to(payload, "10.77.0.2:5000").unwrap();
             let bytes = native.receive(is_udp);
             assert_eq!(bytes[..HEADER], rx_header(1));
-            assert_eq!(bytes[HEADER..HEADER + 6], MAC.bytes());
+            assert_eq!(bytes[HEADER..HEADER + 6], MAC);
             assert_eq!(&bytes[HEADER + 42..], payload);
         }
     }
