@@ -152,5 +152,6 @@ idt:
 ring0_stack:
     .space 4096
 fault_stack:
-    .space 65536
+# Drivers with all their buffers' places are moved about on it.
+    .space 262144
 ring3_stack:

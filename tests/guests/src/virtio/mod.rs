@@ -1,6 +1,7 @@
 //! Drivers of virtio-mmio devices (VIRTIO 1.3).
 
 pub mod block;
+pub mod buffers;
 pub mod find;
 pub mod mmio;
 pub mod net;

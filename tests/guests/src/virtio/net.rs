@@ -1,8 +1,9 @@
 //! A network device (VIRTIO 1.3, 5.1), and the few protocols it takes to be a neighbour: Ethernet, ARP, IPv4, UDP.
 
+use super::buffers::{Places, Receiver};
 use super::find::{Kind, device};
 use super::mmio::{Mmio, register};
-use super::queue::{Descriptor, Queue, WRITE};
+use super::queue::{Descriptor, Queue};
 use crate::arguments;
 use crate::memory::Region;
 
@@ -192,7 +193,7 @@ pub enum Frame {
 }
 
 /// Most buffers in a queue.
-const MAX_BUFFERS: usize = 256;
+const QUEUE_SIZE: u16 = 256;
 
 /// A network device.
 pub struct Net {
@@ -200,13 +201,9 @@ pub struct Net {
     /// Ours.
     pub address: Address,
     features: u64,
-    rx: Queue,
+    rx: Receiver,
     tx: Queue,
-    rx_buffers: [Option<Region>; MAX_BUFFERS],
-    tx_buffers: [Option<Region>; MAX_BUFFERS],
-    /// Places for sending that are free, as a stack.
-    free: [u16; MAX_BUFFERS],
-    free_count: usize,
+    places: Places,
 }
 
 impl Net {
@@ -223,13 +220,15 @@ impl Net {
             wanted |= CSUM | GUEST_CSUM | HOST_TSO4 | GUEST_TSO4;
         }
         let features = device.negotiate(wanted);
-        let rx = device.queue(0, MAX_BUFFERS as u16, features);
-        let tx = device.queue(1, MAX_BUFFERS as u16, features);
+        let rx = device.queue(0, QUEUE_SIZE, features);
+        let tx = device.queue(1, QUEUE_SIZE, features);
         let rx_size = match (features & MRG_RXBUF != 0, features & GUEST_TSO4 != 0) {
             (true, _) => 4096,
             (false, true) => HEADER + MAX_FRAME,
             (false, false) => HEADER + MAX_PLAIN_FRAME,
         };
+        let rx = Receiver::new(rx, rx_size);
+        let depth = depth.clamp(1, u64::from(tx.size())) as u16;
         let mut net = Self {
             device,
             address: Address {
@@ -240,26 +239,13 @@ impl Net {
             features,
             rx,
             tx,
-            rx_buffers: [None; MAX_BUFFERS],
-            tx_buffers: [None; MAX_BUFFERS],
-            free: [0; MAX_BUFFERS],
-            free_count: 0,
+            places: Places::new(depth, HEADER + size),
         };
         if features & MAC != 0 {
             for (byte, at) in net.address.mac.iter_mut().zip(0..) {
                 *byte = device.read8(register::CONFIG + at);
             }
         }
-        for place in 0..net.rx.size() {
-            net.rx_buffers[usize::from(place)] = Some(Region::take(rx_size, 64));
-            net.offer_rx(place);
-        }
-        let depth = depth.clamp(1, u64::from(net.tx.size())) as u16;
-        for place in 0..depth {
-            net.tx_buffers[usize::from(place)] = Some(Region::take(HEADER + size, 64));
-            net.free[usize::from(place)] = place;
-        }
-        net.free_count = usize::from(depth);
         device.start();
         net.rx.publish();
         net
@@ -275,22 +261,11 @@ impl Net {
         self.features
     }
 
-    fn offer_rx(&mut self, place: u16) {
-        let Some(buffer) = self.rx_buffers[usize::from(place)] else {
-            panic!("the device used a buffer that it did not have");
-        };
-        Descriptor::of(buffer, WRITE).store(self.rx.table(), place);
-        self.rx.offer(place);
-    }
-
     /// Hands the next frame that came to `each`: its bytes in one buffer, or their beginning, and how many there are.
     /// False: none came.
     pub fn receive(&mut self, each: impl FnOnce(&mut Self, Region, u64)) -> bool {
-        let Some((first, len)) = self.rx.pop() else {
+        let Some((first, buffer, len)) = self.rx.pop() else {
             return false;
-        };
-        let Some(buffer) = self.rx_buffers.get(usize::from(first)).copied().flatten() else {
-            panic!("the device used a buffer that it did not have");
         };
         let mut total = u64::from(len);
         let buffers: u16 = match self.features & MRG_RXBUF != 0 {
@@ -300,7 +275,7 @@ impl Net {
         let mut more = [0; 32];
         for place in more.iter_mut().take(usize::from(buffers.saturating_sub(1))) {
             loop {
-                if let Some((head, len)) = self.rx.pop() {
+                if let Some((head, _, len)) = self.rx.pop() {
                     *place = head;
                     total += u64::from(len);
                     break;
@@ -309,9 +284,9 @@ impl Net {
         }
         let there = (u64::from(len) - HEADER).min(buffer.len() - HEADER);
         each(self, buffer.part(HEADER, there), total - HEADER);
-        self.offer_rx(first);
+        self.rx.offer(first);
         for place in more.iter().take(usize::from(buffers.saturating_sub(1))) {
-            self.offer_rx(*place);
+            self.rx.offer(*place);
         }
         true
     }
@@ -323,20 +298,17 @@ impl Net {
 
     /// A place to send from, and its buffer: header, then frame. None: all are under way.
     pub fn place(&mut self) -> Option<(u16, Region)> {
-        self.free_count = self.free_count.checked_sub(1)?;
-        let place = self.free[self.free_count];
-        let buffer = self.tx_buffers[usize::from(place)]?;
-        Some((place, buffer))
+        self.places.take()
     }
 
     /// The buffer of a place.
     pub fn buffer(&self, place: u16) -> Option<Region> {
-        self.tx_buffers[usize::from(place)]
+        self.places.buffer(place)
     }
 
     /// Offers the first `len` bytes of the buffer at `place`; [`Net::publish`] lets the device see them.
     pub fn offer(&mut self, place: u16, len: u64) {
-        if let Some(buffer) = self.tx_buffers[usize::from(place)] {
+        if let Some(buffer) = self.places.buffer(place) {
             Descriptor::of(buffer.part(0, len), 0).store(self.tx.table(), place);
             self.tx.offer(place);
         }
@@ -350,14 +322,13 @@ impl Net {
     /// A place whose frame was sent. It is free again.
     pub fn sent(&mut self) -> Option<u16> {
         let (place, _) = self.tx.pop()?;
-        self.free[self.free_count] = place;
-        self.free_count += 1;
+        self.places.give(place);
         Some(place)
     }
 
     /// How many frames are under way.
     pub fn under_way(&self) -> usize {
-        self.tx_buffers.iter().flatten().count() - self.free_count
+        self.places.under_way()
     }
 
     /// What `frame` is to us.

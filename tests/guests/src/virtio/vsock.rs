@@ -1,8 +1,9 @@
 //! A socket device (VIRTIO 1.3, 5.10).
 
+use super::buffers::{Places, Receiver};
 use super::find::{Kind, device};
 use super::mmio::Mmio;
-use super::queue::{Descriptor, Queue, WRITE};
+use super::queue::{Descriptor, Queue};
 use crate::memory::Region;
 
 /// The host's CID.
@@ -81,21 +82,18 @@ impl Header {
     }
 }
 
-const MAX_BUFFERS: usize = 128;
+const QUEUE_SIZE: u16 = 128;
 const RX_SIZE: u64 = 4096;
 
 /// A socket device.
 pub struct Vsock {
     device: Mmio,
     cid: u64,
-    rx: Queue,
+    rx: Receiver,
     tx: Queue,
     /// Kept so that the device may write to it; nothing comes of it.
     _events: Queue,
-    rx_buffers: [Option<Region>; MAX_BUFFERS],
-    tx_buffers: [Option<Region>; MAX_BUFFERS],
-    free: [u16; MAX_BUFFERS],
-    free_count: usize,
+    places: Places,
 }
 
 impl Vsock {
@@ -107,31 +105,18 @@ impl Vsock {
     /// As [`Vsock::start`], for a known device.
     pub fn on(device: Mmio, size: u64) -> Self {
         let features = device.negotiate(0);
-        let rx = device.queue(0, MAX_BUFFERS as u16, features);
-        let tx = device.queue(1, MAX_BUFFERS as u16, features);
-        let events = device.queue(2, MAX_BUFFERS as u16, features);
+        let rx = device.queue(0, QUEUE_SIZE, features);
+        let tx = device.queue(1, QUEUE_SIZE, features);
+        let events = device.queue(2, QUEUE_SIZE, features);
         let mut vsock = Self {
             device,
             cid: device.config64(0),
-            rx,
+            rx: Receiver::new(rx, HEADER + RX_SIZE),
+            // A header and its data take two descriptors.
+            places: Places::new(tx.size() / 2, HEADER + size),
             tx,
             _events: events,
-            rx_buffers: [None; MAX_BUFFERS],
-            tx_buffers: [None; MAX_BUFFERS],
-            free: [0; MAX_BUFFERS],
-            free_count: 0,
         };
-        for place in 0..vsock.rx.size() {
-            vsock.rx_buffers[usize::from(place)] = Some(Region::take(HEADER + RX_SIZE, 64));
-            vsock.offer_rx(place);
-        }
-        // A header and its data take two descriptors.
-        let places = vsock.tx.size() / 2;
-        for place in 0..places {
-            vsock.tx_buffers[usize::from(place)] = Some(Region::take(HEADER + size, 64));
-            vsock.free[usize::from(place)] = place;
-        }
-        vsock.free_count = usize::from(places);
         device.start();
         vsock.rx.publish();
         vsock
@@ -147,21 +132,10 @@ impl Vsock {
         self.cid
     }
 
-    fn offer_rx(&mut self, place: u16) {
-        let Some(buffer) = self.rx_buffers.get(usize::from(place)).copied().flatten() else {
-            panic!("the device used a buffer that it did not have");
-        };
-        Descriptor::of(buffer, WRITE).store(self.rx.table(), place);
-        self.rx.offer(place);
-    }
-
     /// Hands the next packet that came to `each`: header and data. False: none came.
     pub fn receive(&mut self, each: impl FnOnce(&mut Self, Header, Region)) -> bool {
-        let Some((place, len)) = self.rx.pop() else {
+        let Some((place, buffer, len)) = self.rx.pop() else {
             return false;
-        };
-        let Some(buffer) = self.rx_buffers.get(usize::from(place)).copied().flatten() else {
-            panic!("the device used a buffer that it did not have");
         };
         assert!(u64::from(len) >= HEADER, "a packet of {len} bytes");
         let header = Header::load(buffer);
@@ -171,7 +145,7 @@ impl Vsock {
             header.len
         );
         each(self, header, buffer.part(HEADER, u64::from(header.len)));
-        self.offer_rx(place);
+        self.rx.offer(place);
         true
     }
 
@@ -182,15 +156,13 @@ impl Vsock {
 
     /// A place to send from, and room for the data there. None: all are under way.
     pub fn place(&mut self) -> Option<(u16, Region)> {
-        self.free_count = self.free_count.checked_sub(1)?;
-        let place = self.free[self.free_count];
-        let buffer = self.tx_buffers[usize::from(place)]?;
+        let (place, buffer) = self.places.take()?;
         Some((place, buffer.part(HEADER, buffer.len() - HEADER)))
     }
 
     /// Offers a packet whose data lies at `place` already; [`Vsock::publish`] lets the device see it.
     pub fn offer(&mut self, place: u16, header: &Header) {
-        let Some(buffer) = self.tx_buffers[usize::from(place)] else {
+        let Some(buffer) = self.places.buffer(place) else {
             panic!("there is no place {place} for a packet");
         };
         header.store(buffer);
@@ -215,8 +187,7 @@ impl Vsock {
     pub fn sent(&mut self) -> Option<u16> {
         let (head, _) = self.tx.pop()?;
         let place = head / 2;
-        self.free[self.free_count] = place;
-        self.free_count += 1;
+        self.places.give(place);
         Some(place)
     }
 }
