@@ -23,9 +23,9 @@ const COMMAND_LINE: &str = "console=ttyS0 quiet reboot=k panic=-1 mitigations=of
                             no_timer_check lpj=5200000 cryptomgr.notests";
 
 /// What is added for a lab whose clock is the host's time stamp counter, as QEMU hands it through. On a busy host the
-/// kernel inside cannot measure its frequency: the timers that it would measure it by stand still while QEMU waits for
-/// a processor, and a wrong frequency makes the lab's clock run at another pace than time, up to every deadline in it
-/// passing at once.
+/// kernel inside was seen to fail at measuring its frequency: the timers that it measures it by stand still while QEMU
+/// waits for a processor. With a wrong frequency the lab's clock would run at another pace than time, and deadlines in it
+/// would pass too early.
 fn clock(cpuinfo: &str) -> String {
     tsc_khz(cpuinfo).map_or_else(String::new, |khz| format!(" tsc_early_khz={khz}"))
 }
