@@ -50,6 +50,22 @@ const BARS: &[Bar] = &[
     bar("blk.large-async", "firecracker", 1.3),
     bar("blk.read-32-sync-cpu", "firecracker", 1.0),
     bar("blk.read-32-async-cpu", "firecracker", 1.0),
+    bar("net.send-64", "firecracker", 1.3),
+    bar("net.send-64-cpu", "firecracker", 1.0),
+    bar("net.send-1514", "firecracker", 1.3),
+    bar("net.send-1514-cpu", "firecracker", 1.0),
+    bar("net.send-64k", "firecracker", 1.3),
+    bar("net.receive-64", "firecracker", 1.3),
+    bar("net.receive-64-cpu", "firecracker", 1.0),
+    bar("net.receive-1514", "firecracker", 1.3),
+    bar("net.receive-1514-cpu", "firecracker", 1.0),
+    bar("net.receive-64k", "firecracker", 1.3),
+    bar("net.send-64k-cpu", "firecracker", 1.0),
+    bar("net.receive-64k-cpu", "firecracker", 1.0),
+    bar("vsock.send-1", "firecracker", 1.5),
+    bar("vsock.send-32", "firecracker", 1.5),
+    bar("vsock.receive-1", "firecracker", 1.5),
+    bar("vsock.receive-32", "firecracker", 1.5),
 ];
 
 /// How a bar was met.

@@ -29,7 +29,7 @@ pub struct FigureKind {
     pub axis: Option<&'static str>,
 }
 
-const fn lower(id: &'static str, title: &'static str, unit: &'static str) -> FigureKind {
+pub(crate) const fn lower(id: &'static str, title: &'static str, unit: &'static str) -> FigureKind {
     FigureKind {
         id,
         title,
@@ -39,7 +39,11 @@ const fn lower(id: &'static str, title: &'static str, unit: &'static str) -> Fig
     }
 }
 
-const fn higher(id: &'static str, title: &'static str, unit: &'static str) -> FigureKind {
+pub(crate) const fn higher(
+    id: &'static str,
+    title: &'static str,
+    unit: &'static str,
+) -> FigureKind {
     FigureKind {
         better: Better::Higher,
         ..lower(id, title, unit)
@@ -324,6 +328,18 @@ pub const BENCHMARKS: &[Benchmark] = &[
             ),
         ],
         cases: measure::blk::cases,
+    },
+    Benchmark {
+        name: "net",
+        rounds: 7,
+        figures: measure::net::FIGURES,
+        cases: measure::net::cases,
+    },
+    Benchmark {
+        name: "vsock",
+        rounds: 7,
+        figures: measure::vsock::FIGURES,
+        cases: measure::vsock::cases,
     },
     Benchmark {
         name: "boot",

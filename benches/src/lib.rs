@@ -19,6 +19,7 @@ pub mod side;
 pub mod stats;
 pub mod tap;
 pub mod text;
+pub mod wire;
 
 /// A number with about four digits, as a person reads it.
 pub fn number(value: f64) -> String {

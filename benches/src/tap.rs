@@ -17,7 +17,8 @@ impl Tap {
         let name = format!("lb{}n{number}", std::process::id());
         ip(&["tuntap", "add", "dev", &name, "mode", "tap", "vnet_hdr"])?;
         let tap = Self(name);
-        ip(&["link", "set", "dev", tap.name(), "up"])?;
+        // Room for frames that on a real network would be cut.
+        ip(&["link", "set", "dev", tap.name(), "mtu", "65521", "up"])?;
         Ok(tap)
     }
 

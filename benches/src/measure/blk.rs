@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use super::probe;
 use super::{Case, Context, Reading};
-use crate::machine::{Drive, Engine};
+use crate::machine::{Drive, Engine, Machine};
 use crate::process::Failure;
 use crate::side::Side;
 
@@ -91,15 +91,17 @@ pub fn cases(context: &Context) -> Vec<Case<'_>> {
 fn run(context: &Context, side: &Side, load: &Load) -> Result<Vec<Reading>, Failure> {
     let path = image(context)?;
     let arguments = format!("{} probe.seconds=1 probe.seed=1", load.arguments);
-    let run = probe::run(context, side, &arguments, |machine| {
-        machine.drives.push(Drive {
-            path: path.clone(),
-            root: false,
-            read_only: false,
-            engine: load.engine,
-        });
+    let drive = Drive {
+        path,
+        root: false,
+        read_only: false,
+        engine: load.engine,
+    };
+    let with = |machine: &mut Machine| {
+        machine.drives.push(drive);
         Ok(())
-    })?;
+    };
+    let run = probe::run(context, side, &arguments, with, |_| Ok(()))?;
     let [rate, processor] = *load.figures;
     let value = match load.in_mib {
         true => run.mib_per_second()?,

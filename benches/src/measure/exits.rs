@@ -4,6 +4,7 @@ use super::probe;
 use super::weight::sparse_drive;
 use super::{Case, Context, Place, Reading};
 use crate::guest::Guest;
+use crate::machine::Machine;
 use crate::process::Failure;
 use crate::side::Side;
 
@@ -42,10 +43,11 @@ fn exits(
     }
     let drives = Place::new(Guest::Reset, context.patience)?;
     let arguments = format!("probe.mode={mode} probe.count={COUNT}");
-    let run = probe::run(context, side, &arguments, |machine| {
+    let with = |machine: &mut Machine| {
         machine.drives.push(sparse_drive(&drives, "drive")?);
         Ok(())
-    })?;
+    };
+    let run = probe::run(context, side, &arguments, with, |_| Ok(()))?;
     let value = run.median()?;
     Ok(figures
         .iter()

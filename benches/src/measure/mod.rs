@@ -5,8 +5,10 @@ pub mod boot;
 pub mod density;
 pub mod exits;
 pub mod growth;
+pub mod net;
 mod probe;
 pub mod start;
+pub mod vsock;
 pub mod weight;
 
 use std::cell::RefCell;

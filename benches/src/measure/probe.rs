@@ -28,6 +28,9 @@ pub struct Told {
     pub ticks: u64,
     /// Ticks of an operation, the median.
     pub p50: u64,
+    /// Frames that did not come.
+    #[serde(default)]
+    pub lost: u64,
 }
 
 /// What a run of the probe gave.
@@ -36,6 +39,8 @@ pub struct Run {
     pub told: Told,
     /// Processor time of the whole process, from its start to its end.
     pub processor: Duration,
+    /// That of its first thread, if it is a VMM.
+    pub first_thread: Duration,
 }
 
 impl Run {
@@ -52,6 +57,11 @@ impl Run {
     /// Microseconds of processor time per operation.
     pub fn processor_per_operation(&self) -> f64 {
         self.processor.as_secs_f64() * 1e6 / self.told.ops as f64
+    }
+
+    /// Microseconds of processor time of the first thread per operation.
+    pub fn first_thread_per_operation(&self) -> f64 {
+        self.first_thread.as_secs_f64() * 1e6 / self.told.ops as f64
     }
 
     /// Microseconds of one operation, the median.
@@ -92,12 +102,14 @@ fn children() -> Result<Duration, Failure> {
     ))
 }
 
-/// Runs the probe with these arguments on `side`, in the machine that `with` makes of a bare one.
+/// Runs the probe with these arguments on `side`, in the machine that `with` makes of a bare one. Once it has started,
+/// `host` does the host's part.
 pub fn run(
     context: &Context,
     side: &Side,
     arguments: &str,
-    with: impl Fn(&mut Machine) -> Result<(), Failure>,
+    with: impl FnOnce(&mut Machine) -> Result<(), Failure>,
+    host: impl FnOnce(&mut Running) -> Result<(), Failure>,
 ) -> Result<Run, Failure> {
     let kernel = probe(context)?;
     let place = Place::new(Guest::Reset, context.patience)?;
@@ -127,10 +139,15 @@ pub fn run(
             ));
         }
     };
+    host(&mut running)?;
     let console = String::from_utf8_lossy(running.console()?).into_owned();
     running.succeeds()?;
     let processor = children()?.saturating_sub(before);
-    let told = console.lines().find_map(|line| line.strip_prefix("PROBE "));
+    let first_thread = running.first_thread()?;
+    let lines = console.lines();
+    let told = lines
+        .filter_map(|line| line.strip_prefix("PROBE "))
+        .find(|told| !told.contains("\"ready\":1"));
     let told = told.ok_or_else(|| running.failure("the probe said nothing"))?;
     let parsed: Result<Told, _> = serde_json::from_str(told);
     let told =
@@ -139,7 +156,11 @@ pub fn run(
         let reason = format!("{} operations, {} of them failed", told.ops, told.errors);
         return Err(running.failure(reason));
     }
-    Ok(Run { told, processor })
+    Ok(Run {
+        told,
+        processor,
+        first_thread,
+    })
 }
 
 fn probe(context: &Context) -> Result<PathBuf, Failure> {
