@@ -9,6 +9,8 @@ use serde_json::{Map, Value};
 
 #[path = "src/seccomp/compile.rs"]
 mod compile;
+#[path = "src/seccomp/optimize.rs"]
+mod optimize;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let is_debug = env::var_os("CARGO_CFG_DEBUG_ASSERTIONS").is_some();
@@ -30,6 +32,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
     }
     println!("cargo::rerun-if-changed=src/seccomp/compile.rs");
+    println!("cargo::rerun-if-changed=src/seccomp/optimize.rs");
     let programs = compile::compile(document.to_string().as_bytes())?;
     let mut code = String::new();
     for (thread, program) in compile::THREADS.iter().zip(programs) {

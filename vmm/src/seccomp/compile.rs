@@ -6,6 +6,8 @@
 use seccompiler::{BpfProgram, TargetArch};
 use serde_json::{Map, Value, json};
 
+use super::optimize::optimize;
+
 /// The kinds of threads, by the names the lists have, in the order of the compiled programs.
 pub const THREADS: [&str; 3] = ["api", "vmm", "vcpu"];
 
@@ -46,7 +48,7 @@ pub enum CompileError {
     },
 }
 
-/// Compiles a document with a filter for each of [`THREADS`].
+/// Compiles a document with a filter for each of [`THREADS`], and [optimizes](optimize) the programs.
 pub fn compile(text: &[u8]) -> Result<[BpfProgram; 3], CompileError> {
     let document: Map<String, Value> = serde_json::from_slice(text).map_err(CompileError::Json)?;
     let unknown = document.keys().find(|key| {
@@ -62,7 +64,7 @@ pub fn compile(text: &[u8]) -> Result<[BpfProgram; 3], CompileError> {
             .iter()
             .find(|(key, _)| key.eq_ignore_ascii_case(thread))
             .ok_or(CompileError::Missing(thread))?;
-        compile_filter(thread, filter.1)
+        compile_filter(thread, filter.1).map(optimize)
     };
     let [api, vmm, vcpu] = THREADS;
     Ok([program(api)?, program(vmm)?, program(vcpu)?])
