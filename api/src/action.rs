@@ -3,9 +3,9 @@
 use serde::Serialize;
 
 use crate::types::{
-    BootSource, CpuConfig, Drive, DrivePatch, Logger, MachineConfig, MachineConfigPatch,
-    MetricsTarget, NetworkInterface, NetworkInterfacePatch, Serial, SnapshotCreate, SnapshotLoad,
-    VmStateChange, Vsock,
+    BootSource, CloneMachine, CpuConfig, Drive, DrivePatch, Logger, MachineConfig,
+    MachineConfigPatch, MetricsTarget, NetworkInterface, NetworkInterfacePatch, Serial,
+    SnapshotCreate, SnapshotLoad, VmStateChange, Vsock,
 };
 
 /// Everything that can be asked of a VMM through its API or its configuration file.
@@ -35,6 +35,7 @@ pub enum Action {
     PutVsock(Vsock),
     CreateSnapshot(SnapshotCreate),
     LoadSnapshot(SnapshotLoad),
+    Clone(CloneMachine),
 }
 
 impl Action {

@@ -5,9 +5,9 @@ use serde::de::DeserializeOwned;
 use crate::action::{Action, Fault};
 use crate::json;
 use crate::types::{
-    ActionType, BootSource, CpuConfig, Drive, DrivePatch, InstanceAction, Logger, MachineConfig,
-    MachineConfigPatch, MetricsTarget, NetworkInterface, NetworkInterfacePatch, Serial,
-    SnapshotCreate, SnapshotLoad, VmStateChange, Vsock,
+    ActionType, BootSource, CloneMachine, CpuConfig, Drive, DrivePatch, InstanceAction, Logger,
+    MachineConfig, MachineConfigPatch, MetricsTarget, NetworkInterface, NetworkInterfacePatch,
+    Serial, SnapshotCreate, SnapshotLoad, VmStateChange, Vsock,
 };
 
 /// The methods served.
@@ -82,7 +82,7 @@ const fn patch(pattern: &'static str, schema: &'static str, parse: Parse) -> Rou
 use Parse::{Body, BodyWithId};
 
 /// Every request that is served.
-pub static ROUTES: [Route; 21] = [
+pub static ROUTES: [Route; 22] = [
     get("/", || Action::GetInstanceInfo),
     get("/version", || Action::GetVersion),
     get("/machine-config", || Action::GetMachineConfig),
@@ -93,6 +93,11 @@ pub static ROUTES: [Route; 21] = [
         "/boot-source",
         "BootSource",
         Body(|body| read::<BootSource>(body).map(Action::PutBootSource)),
+    ),
+    put(
+        "/clone",
+        "CloneParams",
+        Body(|body| read::<CloneMachine>(body).map(Action::Clone)),
     ),
     put(
         "/cpu-config",

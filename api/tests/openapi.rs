@@ -235,6 +235,9 @@ fn request_types() -> Vec<Checked> {
     let tap = json!({"iface_id": "a", "host_dev_name": "tap0"});
     let socket = json!({"uds_path": "/v"});
     let image = json!({"drive_id": "a", "path_on_host": "/d"});
+    let child = json!({
+        "adopt_socket": "/a", "network_overrides": [tap], "vsock_override": socket, "drive_overrides": [image],
+    });
     vec![
         checked::<BootSource>(
             "BootSource",
@@ -284,7 +287,7 @@ fn request_types() -> Vec<Checked> {
             "MachineConfiguration",
             json!({
                 "vcpu_count": 2, "mem_size_mib": 256, "smt": true, "cpu_template": "T2", "track_dirty_pages": true,
-                "huge_pages": "2M",
+                "huge_pages": "2M", "clonable": true,
             }),
         ),
         checked::<Serial>(
@@ -307,6 +310,11 @@ fn request_types() -> Vec<Checked> {
                 "drive_overrides": [image], "clock_realtime": true, "huge_pages": "2M",
             }),
         ),
+        checked::<CloneMachine>(
+            "CloneParams",
+            json!({"children": [child], "resume_children": false}),
+        ),
+        checked::<CloneChild>("CloneChild", child.clone()),
         checked::<MemoryBackend>("MemoryBackend", backend.clone()),
         checked::<NetworkOverride>("NetworkOverride", tap.clone()),
         checked::<VsockOverride>("VsockOverride", socket.clone()),
@@ -404,6 +412,11 @@ fn replies_have_the_described_fields() {
         vmm_version: "1".into(),
         app_name: "b".into(),
     };
+    let copy = ClonedChild {
+        id: "a".into(),
+        pid: 1,
+        ready_us: 1,
+    };
     let fault: Value = serde_json::from_str(&Fault::bad_request("x").to_json()).unwrap();
     let replies = BTreeMap::from([
         ("InstanceInfo", json!(info)),
@@ -411,6 +424,14 @@ fn replies_have_the_described_fields() {
             "FirecrackerVersion",
             json!(Version {
                 firecracker_version: "1".into()
+            }),
+        ),
+        ("ClonedChild", json!(copy)),
+        (
+            "Cloned",
+            json!(Cloned {
+                pause_us: 1,
+                children: vec![copy]
             }),
         ),
         ("FullVmConfiguration", json!(FullVmConfig::default())),
@@ -483,5 +504,6 @@ fn written(action: &Action) -> Value {
         Action::PutVsock(body) => json!(body),
         Action::CreateSnapshot(body) => json!(body),
         Action::LoadSnapshot(body) => json!(body),
+        Action::Clone(body) => json!(body),
     }
 }

@@ -3,6 +3,7 @@
 pub mod file;
 pub mod inherited;
 pub mod listener;
+pub mod packet;
 pub mod stream;
 pub mod tap;
 pub mod uring;

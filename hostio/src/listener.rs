@@ -65,6 +65,12 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 /// Its mode is 0600: only processes of the same user, and root, may connect. The mode holds from the socket's first
 /// moment and does not depend on the umask. Open it to others with chmod, or by the folder it is in.
 pub fn bind(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
+    let (socket, file) = bind_type(path, SocketType::STREAM)?;
+    Ok((UnixListener::from(socket), file))
+}
+
+/// As [`bind`], for a socket of any type that has connections.
+pub(crate) fn bind_type(path: &Path, kind: SocketType) -> Result<(OwnedFd, SocketFile), BindError> {
     let failed = |source: io::Error| BindError::Io {
         path: path.to_owned(),
         source,
@@ -75,7 +81,7 @@ pub fn bind(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
     }
     let address = SocketAddrUnix::new(path).map_err(|_| BindError::Path(path.to_owned()))?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)
         .map_err(|error| failed(error.into()))?;
     // bind() gives the file the mode of the socket's own inode, less the umask.
     let socket = File::from(socket);
@@ -92,7 +98,7 @@ pub fn bind(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
         path: path.to_owned(),
     };
     rustix::net::listen(&socket, BACKLOG).map_err(|error| failed(error.into()))?;
-    Ok((UnixListener::from(OwnedFd::from(socket)), file))
+    Ok((OwnedFd::from(socket), file))
 }
 
 #[cfg(test)]

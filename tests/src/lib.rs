@@ -12,6 +12,7 @@
 
 pub mod api;
 pub mod capture;
+pub mod counting;
 pub mod guest;
 pub mod host_socket;
 pub mod jail;

@@ -82,6 +82,14 @@ pub struct Cli {
     #[arg(long, value_name = "NUMBER", value_parser = parse_descriptor)]
     pub tap_fd: Vec<RawFd>,
 
+    /// Unix socket on which this process waits to become a copy of a machine that another one clones.
+    #[arg(long, value_name = "PATH", conflicts_with = "config_file")]
+    pub adopt: Option<PathBuf>,
+
+    /// The same by an inherited descriptor of a connected socket (SOCK_SEQPACKET).
+    #[arg(long, value_name = "NUMBER", value_parser = parse_descriptor, conflicts_with_all = ["adopt", "config_file"])]
+    pub adopt_fd: Option<RawFd>,
+
     /// Wall clock in microseconds when this process was started, for the metrics.
     #[arg(long, value_name = "MICROSECONDS")]
     pub start_time_us: Option<u64>,
@@ -125,7 +133,7 @@ impl Cli {
     }
 }
 
-fn parse_id(id: &str) -> Result<String, String> {
+pub(crate) fn parse_id(id: &str) -> Result<String, String> {
     let fits = (1..=MAX_ID).contains(&id.len());
     if fits && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
         Ok(id.to_owned())

@@ -14,6 +14,7 @@ use lepton_api::{Action, Server, StopHandle, config_file};
 use lepton_hostio::listener::{self, BindError, SocketFile};
 use lepton_hostio::tap::Tap;
 use lepton_vmm::cli::Cli;
+use lepton_vmm::clone::{Adopter, Source};
 use lepton_vmm::controller::{Controller, Inbox, Mailbox, Message, Next, Options, mailbox};
 use lepton_vmm::events::{self, Loop};
 use lepton_vmm::exit::ExitCode;
@@ -79,7 +80,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
     };
     let filters = Arc::new(filters);
     let host = |what| failure::<io::Error>(ExitCode::Failure, what);
-    take_descriptors(&cli)?;
+    let inherited = take_descriptors(&cli)?;
     // The log first: what the API's thread says is to go where the command line says.
     lepton_vmm::log::init(cli.id());
     lepton_vmm::log::configure(&log_settings(&cli))
@@ -99,6 +100,11 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         ends,
         mailbox: mailbox.clone(),
     }));
+    let (source, adopt_socket) = offers(&cli, inherited)?;
+    let adopts = source.is_some();
+    if let Some(source) = source {
+        events.add_subscriber(Box::new(Adopter::new(source, mailbox.clone())));
+    }
     let of_vcpu = filters.clone();
     let options = Options {
         id: cli.id().to_owned(),
@@ -115,10 +121,14 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         .confine(Thread::Vmm)
         .map_err(failure(ExitCode::Failure, "seccomp"))?;
     configure(&cli, &mut controller, &mut events)?;
+    if adopts {
+        controller.expect_offers();
+    }
     let code = attend(&mut controller, &inbox, &mut events)?;
     // Requests that wait for an answer get one.
     drop(inbox);
     controller.finish();
+    drop(adopt_socket);
     if let Some(api) = api {
         api.finish();
     }
@@ -127,15 +137,28 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
     Ok(code)
 }
 
+/// Where machines are offered to this process, and what removes the socket in the end.
+fn offers(
+    cli: &Cli,
+    inherited: Option<Source>,
+) -> Result<(Option<Source>, Option<SocketFile>), Failure> {
+    let Some(path) = &cli.adopt else {
+        return Ok((inherited, None));
+    };
+    let (source, file) = Source::bind(path).map_err(failure(ExitCode::Failure, "--adopt"))?;
+    Ok((Some(source), Some(file)))
+}
+
 /// Takes what this process was started with, before any other descriptor is opened.
-fn take_descriptors(cli: &Cli) -> Result<(), Failure> {
+fn take_descriptors(cli: &Cli) -> Result<Option<Source>, Failure> {
     if let Some(number) = cli.kvm_fd {
         kvm::use_descriptor(number).map_err(failure(ExitCode::BadArguments, ""))?;
     }
     for number in &cli.tap_fd {
         Tap::hand_in(*number).map_err(failure(ExitCode::BadArguments, "--tap-fd"))?;
     }
-    Ok(())
+    let source = cli.adopt_fd.map(Source::inherited).transpose();
+    source.map_err(failure(ExitCode::BadArguments, "--adopt-fd"))
 }
 
 fn log_settings(cli: &Cli) -> Logger {

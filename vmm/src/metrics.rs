@@ -200,7 +200,8 @@ impl From<&Action> for Counted {
             | Action::GetMetrics
             | Action::PatchVm(_)
             | Action::CreateSnapshot(_)
-            | Action::LoadSnapshot(_) => Counted::Nothing,
+            | Action::LoadSnapshot(_)
+            | Action::Clone(_) => Counted::Nothing,
             Action::InstanceStart | Action::SendCtrlAltDel | Action::FlushMetrics => {
                 Counted::Actions
             }

@@ -34,6 +34,13 @@ pub struct MachineConfig {
     /// Page size behind guest memory.
     #[serde(default)]
     pub huge_pages: HugePages,
+    /// Keep memory so that it need not be copied when the machine is first cloned. An addition.
+    #[serde(default, skip_serializing_if = "is_not")]
+    pub clonable: bool,
+}
+
+fn is_not(flag: &bool) -> bool {
+    !flag
 }
 
 impl Default for MachineConfig {
@@ -46,6 +53,7 @@ impl Default for MachineConfig {
             cpu_template: None,
             track_dirty_pages: false,
             huge_pages: HugePages::None,
+            clonable: false,
         }
     }
 }
@@ -72,6 +80,9 @@ pub struct MachineConfigPatch {
     /// See [`MachineConfig::huge_pages`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub huge_pages: Option<HugePages>,
+    /// See [`MachineConfig::clonable`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clonable: Option<bool>,
 }
 
 /// Page size behind guest memory.

@@ -4,6 +4,7 @@
 //! settings (memory size, number of vCPUs, paths) are checked where a machine is configured, by `TryFrom` there.
 //! Every request body refuses unknown fields, so that a misspelt option is never silently ignored.
 
+mod clone;
 mod cpu;
 mod device;
 mod instance;
@@ -11,6 +12,7 @@ mod machine;
 mod snapshot;
 mod telemetry;
 
+pub use clone::{CloneChild, CloneMachine, Cloned, ClonedChild};
 pub use cpu::{
     Bitmap32, Bitmap64, CpuConfig, CpuidLeafModifier, CpuidRegister, CpuidRegisterModifier,
     KvmCapability, MsrModifier,

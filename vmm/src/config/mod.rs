@@ -38,6 +38,9 @@ pub enum ConfigError {
         "cpu_template {0:?} is not offered: give the same changes as a custom template by PUT /cpu-config"
     )]
     CpuTemplate(wire::CpuTemplate),
+    /// Pages that cannot be shared one by one.
+    #[error("clonable: a machine with huge_pages 2M cannot be cloned")]
+    ClonableHuge,
     /// Memory size.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -77,6 +80,8 @@ pub struct Shape {
     pub huge_pages: wire::HugePages,
     /// Whether a record of written pages is kept.
     pub track_dirty_pages: bool,
+    /// Whether memory is in a file that clones can have.
+    pub clonable: bool,
 }
 
 impl TryFrom<&wire::MachineConfig> for Shape {
@@ -94,6 +99,9 @@ impl TryFrom<&wire::MachineConfig> for Shape {
             None | Some(wire::CpuTemplate::None) => {}
             Some(template) => return Err(ConfigError::CpuTemplate(template)),
         }
+        if config.clonable && config.huge_pages == wire::HugePages::Hugetlbfs2M {
+            return Err(ConfigError::ClonableHuge);
+        }
         Ok(Shape {
             topology: Topology {
                 vcpus,
@@ -102,6 +110,7 @@ impl TryFrom<&wire::MachineConfig> for Shape {
             memory: MemorySize::new(config.mem_size_mib, config.huge_pages)?,
             huge_pages: config.huge_pages,
             track_dirty_pages: config.track_dirty_pages,
+            clonable: config.clonable,
         })
     }
 }
@@ -213,6 +222,7 @@ impl Configuration {
             cpu_template: patch.cpu_template.or(old.cpu_template),
             track_dirty_pages: patch.track_dirty_pages.unwrap_or(old.track_dirty_pages),
             huge_pages: patch.huge_pages.unwrap_or(old.huge_pages),
+            clonable: patch.clonable.unwrap_or(old.clonable),
         })
     }
 

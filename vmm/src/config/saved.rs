@@ -160,6 +160,8 @@ impl From<&Configuration> for SavedConfig {
             cpu_template: _,
             // Asked for anew with each load.
             track_dirty_pages: _,
+            // A machine that is loaded has its memory from elsewhere.
+            clonable: _,
             huge_pages,
         } = configuration.machine().clone();
         let devices = &configuration.devices;
@@ -273,6 +275,7 @@ impl SavedConfig {
             cpu_template: None,
             track_dirty_pages: overrides.track_dirty_pages,
             huge_pages: overrides.huge_pages.resolve(saved),
+            clonable: false,
         })?;
         let names = self.drives.iter().map(|d| &d.drive_id);
         refuse_twins(names)?;

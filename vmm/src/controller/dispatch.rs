@@ -54,13 +54,13 @@ pub enum Next {
 
 /// The one owner of the machine and its configuration.
 pub struct Controller {
-    options: Options,
+    pub(super) options: Options,
     mailbox: Mailbox,
     /// Dropped before the configuration: a machine uses its devices.
     pub(super) phase: Phase,
     pub(super) configuration: Configuration,
     /// Made ready ahead of the start, which takes it.
-    hypervisor: Option<Hypervisor>,
+    pub(super) hypervisor: Option<Hypervisor>,
     metrics: Metrics,
     terminal: Option<RawTerminal>,
 }
@@ -91,6 +91,14 @@ impl Controller {
     /// Takes one message.
     pub fn handle(&mut self, message: Message, events: &mut Loop) -> Next {
         match message {
+            Message::Request {
+                action: Action::Clone(request),
+                reply,
+            } => {
+                self.clone_machine(&request, reply);
+                Next::Continue
+            }
+            Message::Offer(adoption) => self.adopt_offer(adoption, events),
             Message::Request { action, reply } => {
                 let result = self.execute(action, events);
                 // A client that is gone needs no answer.
@@ -172,7 +180,7 @@ impl Controller {
         result
     }
 
-    fn stage(&self) -> Stage {
+    pub(super) fn stage(&self) -> Stage {
         match self.phase.stage() {
             Stage::Configuring if !self.configuration.is_touched() => Stage::Fresh,
             stage => stage,
@@ -239,6 +247,7 @@ impl Controller {
             Action::PutSerial(serial) => {
                 configuration.set_serial(serial).map(done).map_err(refused)
             }
+            Action::Clone(request) => self.clone_and_wait(&request),
             Action::CreateSnapshot(request) => self.create_snapshot(&request).map(done),
             Action::LoadSnapshot(request) => self.load_snapshot(&request, events).map(done),
             Action::PatchVm(change) => self.change_state(change.state).map(done),

@@ -9,6 +9,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use lepton_api::{Action, Fault, Reply};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::clone::Adoption;
 use crate::exit::ExitCode;
 use crate::vcpu::Stop;
 
@@ -21,6 +22,8 @@ pub enum Message {
         /// Where the answer goes.
         reply: SyncSender<Result<Reply, Fault>>,
     },
+    /// A machine is offered to this process.
+    Offer(Adoption),
     /// The machine stopped by itself.
     Stopped(Stop),
     /// The process is to end.

@@ -1,5 +1,6 @@
 //! The owner of the machine: takes one action at a time, asks the policy, acts, answers.
 
+mod clone;
 mod dispatch;
 mod mailbox;
 mod phase;

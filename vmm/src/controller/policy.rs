@@ -57,7 +57,12 @@ pub fn allow(stage: Stage, action: &Action) -> Result<(), Denied> {
                 Ok(())
             }
         }
-        SendCtrlAltDel | FlushMetrics | PatchDrive(_) | PatchNetworkInterface(_) | PatchVm(_) => {
+        SendCtrlAltDel
+        | FlushMetrics
+        | PatchDrive(_)
+        | PatchNetworkInterface(_)
+        | PatchVm(_)
+        | Clone(_) => {
             if started {
                 Ok(())
             } else {

@@ -114,8 +114,17 @@ pub fn build(
         devices,
         console,
     } = blueprint;
-    let memory = memory::allocate(shape.memory, shape.huge_pages)?;
-    let ram = Ram::new(memory.clone(), Origin::Zeroes).tracked(shape.track_dirty_pages);
+    let (memory, origin) = match shape.clonable {
+        true => {
+            let (memory, file) = memory::allocate_shared(shape.memory, shape.huge_pages)?;
+            (memory, Origin::Shared(file))
+        }
+        false => {
+            let memory = memory::allocate(shape.memory, shape.huge_pages)?;
+            (memory, Origin::Zeroes)
+        }
+    };
+    let ram = Ram::new(memory.clone(), origin).tracked(shape.track_dirty_pages);
     log::debug!("memory mapped");
     let (vm, loaded) = create_and_load(hypervisor, &memory, shape, boot)?;
     let pins = layout::VIRTIO_IRQ as usize + devices.len();

@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{Machine, Paused};
 use crate::config::saved::SavedConfig;
-use crate::kvm::{ClockState, Hypervisor, KvmError};
+use crate::kvm::{ClockState, KvmError};
 use crate::vcpu::bus::Bus;
-use crate::vcpu::state::{VcpuState, VcpuStateError, save};
+use crate::vcpu::state::{Saveable, VcpuState, VcpuStateError, save};
 
 /// Everything about a machine but what is in its memory, its images and its taps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -61,10 +61,10 @@ pub enum SaveError {
 }
 
 impl Paused {
-    /// The machine's state; `config` is what it was built from. Nothing of the machine changes.
+    /// The machine's state; `config` is what it was built from, `saveable` what KVM can save here. Nothing of the machine changes.
     pub fn save(
         &self,
-        hypervisor: &Hypervisor,
+        saveable: &Saveable,
         config: SavedConfig,
     ) -> Result<MachineState, SaveError> {
         let Machine {
@@ -91,10 +91,9 @@ impl Paused {
             // For cold boots only.
             boot_timer: _,
         } = bus.as_ref();
-        let saveable = hypervisor.saveable()?;
         let vcpus = vcpus.iter().zip(cpuid).enumerate();
         let vcpus = vcpus.map(|(id, (vcpu, cpuid))| {
-            save(&vcpu.vcpu(), cpuid, &saveable).map_err(|source| SaveError::Vcpu { id, source })
+            save(&vcpu.vcpu(), cpuid, saveable).map_err(|source| SaveError::Vcpu { id, source })
         });
         let devices = devices.iter().zip(virtio).map(|(device, transport)| {
             let transport = transport.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,24 +1,20 @@
 //! Guest memory that was saved: from a memory file, checked or not, or from a process that has it.
 
-use std::fs::File;
 use std::io;
 use std::mem;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 use lepton_api::types::HugePages;
-use lepton_devices::Memory;
 use serde::Serialize;
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::pager::{PageError, Pager, Source};
 use super::userfault::Userfault;
-use super::{MemoryError, MemorySize, Origin, Ram, allocate, protect};
-use crate::arch::x86_64::layout;
+use super::{MemoryError, MemorySize, Origin, Ram, allocate, map};
 
 /// Why saved memory cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -52,33 +48,9 @@ pub fn map_unverified(
     size: MemorySize,
     huge_pages: HugePages,
 ) -> Result<Ram, ImageError> {
-    let memory = map_file(&source.file, size)?;
-    protect(&memory, huge_pages);
-    Ok(Ram::new(Arc::new(memory), Origin::File(Mutex::new(source))))
-}
-
-fn map_file(file: &File, size: MemorySize) -> Result<Memory, MemoryError> {
-    let mut regions = Vec::new();
-    let mut offset = 0;
-    for (start, bytes) in layout::ram(size.bytes()) {
-        let fail = |reason: String| MemoryError::Map { bytes, reason };
-        let length = usize::try_from(bytes).map_err(|e| fail(e.to_string()))?;
-        let file = file.try_clone().map_err(|e| fail(e.to_string()))?;
-        let mapping = MmapRegionBuilder::new_with_bitmap(length, ())
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
-            .with_file_offset(FileOffset::new(file, offset))
-            .build()
-            .map_err(|e| fail(e.to_string()))?;
-        let region = GuestRegionMmap::new(mapping, GuestAddress(start))
-            .ok_or_else(|| fail("its end overflows".into()))?;
-        regions.push(region);
-        offset += bytes;
-    }
-    Memory::from_regions(regions).map_err(|e| MemoryError::Map {
-        bytes: size.bytes(),
-        reason: e.to_string(),
-    })
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+    let memory = map(size, huge_pages, flags, Some(&source.file))?;
+    Ok(Ram::new(memory, Origin::File(Mutex::new(source))))
 }
 
 /// Memory of `size` that is filled from `source` and checked when it is touched. `failed` is told of the first chunk

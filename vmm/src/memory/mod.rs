@@ -1,13 +1,17 @@
 //! Guest memory: mapped, given to KVM, and handed to the devices.
 #![allow(unsafe_code)] // madvise on the mapping
 
+pub mod base;
 pub mod file;
+pub mod freeze;
 pub mod image;
 pub mod pager;
 pub mod present;
+pub mod private;
 pub mod small_pages;
 pub mod userfault;
 
+use std::fs::File;
 use std::sync::{Arc, Mutex};
 
 use lepton_api::types::HugePages;
@@ -15,8 +19,9 @@ use lepton_devices::Memory;
 use lepton_devices::dirty::DirtyPages;
 use lepton_snapshot::Leaves;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
+use self::base::Base;
 use self::pager::{Paging, Source};
 use self::userfault::Userfault;
 use crate::arch::x86_64::layout;
@@ -103,6 +108,10 @@ pub enum Origin {
     File(Mutex<Source>),
     /// What another process gives, to which the descriptor was handed.
     Elsewhere(Userfault),
+    /// What is in this file, which is all of memory: nothing is this process's alone.
+    Shared(File),
+    /// What machines have in common that were cloned from each other. What was written since is this process's alone.
+    Base(Base),
 }
 
 /// A machine's memory, and where it comes from.
@@ -149,6 +158,19 @@ impl Ram {
         self
     }
 
+    /// Bytes of memory.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory.iter().map(|region| region.len()).sum()
+    }
+
+    /// What every mapping of memory gets: also one that has taken the place of another.
+    pub fn protect(&self) {
+        for region in self.memory.iter() {
+            // Secrets of the guest do not belong in the VMM's core dump.
+            advise(region, libc::MADV_DONTDUMP);
+        }
+    }
+
     /// Where devices note what they write.
     pub fn dirty(&self) -> Option<Arc<DirtyPages>> {
         Some(self.tracking.as_ref()?.devices.clone())
@@ -157,6 +179,36 @@ impl Ram {
 
 /// Maps guest memory. Pages cost nothing until the guest touches them.
 pub fn allocate(size: MemorySize, huge_pages: HugePages) -> Result<Arc<Memory>, MemoryError> {
+    check_host(size)?;
+    let huge = huge_pages == HugePages::Hugetlbfs2M;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let flags = flags
+        | match huge {
+            // Reserved now: a guest that touches a page there is none for would kill the VMM by SIGBUS.
+            true => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+            false => libc::MAP_NORESERVE,
+        };
+    map(size, huge_pages, flags, None)
+}
+
+/// The same in a file, which is the second result, so that it need not be copied to stand still (see [`freeze`]).
+/// `huge_pages` is not `2M`.
+pub fn allocate_shared(
+    size: MemorySize,
+    huge_pages: HugePages,
+) -> Result<(Arc<Memory>, File), MemoryError> {
+    check_host(size)?;
+    let fail = |reason: std::io::Error| MemoryError::Map {
+        bytes: size.bytes,
+        reason: reason.to_string(),
+    };
+    let file = base::new_file(size.bytes).map_err(fail)?;
+    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+    let memory = map(size, huge_pages, flags, Some(&file))?;
+    Ok((memory, file))
+}
+
+fn check_host(size: MemorySize) -> Result<(), MemoryError> {
     let host = host_bytes();
     if size.bytes > host {
         return Err(MemoryError::Host {
@@ -164,30 +216,37 @@ pub fn allocate(size: MemorySize, huge_pages: HugePages) -> Result<Arc<Memory>, 
             host_mib: host / MIB,
         });
     }
-    let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    Ok(())
+}
+
+fn map(
+    size: MemorySize,
+    huge_pages: HugePages,
+    flags: libc::c_int,
+    file: Option<&File>,
+) -> Result<Arc<Memory>, MemoryError> {
     let huge = huge_pages == HugePages::Hugetlbfs2M;
-    if huge {
-        // Reserved now: a guest that touches a page there is none for would kill the VMM by SIGBUS.
-        flags |= libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
-    } else {
-        flags |= libc::MAP_NORESERVE;
-    }
     let mut regions = Vec::new();
+    let mut offset = 0;
     for (start, bytes) in layout::ram(size.bytes) {
         let fail = |reason: String| match huge {
             true => MemoryError::HugePages { bytes, reason },
             false => MemoryError::Map { bytes, reason },
         };
         let length = usize::try_from(bytes).map_err(|e| fail(e.to_string()))?;
-        let mapping = MmapRegionBuilder::new_with_bitmap(length, ())
+        let mut builder = MmapRegionBuilder::new_with_bitmap(length, ())
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(flags)
-            .with_hugetlbfs(huge)
-            .build()
-            .map_err(|e| fail(e.to_string()))?;
+            .with_hugetlbfs(huge);
+        if let Some(file) = file {
+            let file = file.try_clone().map_err(|e| fail(e.to_string()))?;
+            builder = builder.with_file_offset(FileOffset::new(file, offset));
+        }
+        let mapping = builder.build().map_err(|e| fail(e.to_string()))?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(start))
             .ok_or_else(|| fail("its end overflows".into()))?;
         regions.push(region);
+        offset += bytes;
     }
     let memory = Memory::from_regions(regions).map_err(|e| MemoryError::Map {
         bytes: size.bytes,

@@ -8,6 +8,8 @@ const PAGE: usize = 4096;
 const BATCH: usize = 8192;
 /// In memory, or swapped out (Documentation/admin-guide/mm/pagemap.rst).
 const THERE: u64 = 1 << 63 | 1 << 62;
+/// Of a file, or shared memory.
+const FILE: u64 = 1 << 61;
 
 /// Tells pages that were touched from those that never were, by `/proc/self/pagemap`.
 pub struct Pagemap {
@@ -33,6 +35,12 @@ impl Pagemap {
     pub fn is_touched(&mut self, address: usize, length: usize) -> bool {
         let (first, count) = (address / PAGE, length / PAGE);
         (first..first + count).any(|page| self.entry(page) & THERE != 0)
+    }
+
+    /// Whether the page at `address` is this process's alone: of no file, and not shared.
+    pub fn is_private(&mut self, address: usize) -> bool {
+        let entry = self.entry(address / PAGE);
+        entry & THERE != 0 && entry & FILE == 0
     }
 
     fn entry(&mut self, page: usize) -> u64 {

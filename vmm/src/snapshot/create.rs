@@ -39,6 +39,8 @@ pub enum CreateError {
     Page(#[from] PageError),
     #[error(transparent)]
     Manifest(#[from] ManifestError),
+    #[error("guest memory: {0}")]
+    Base(#[source] std::io::Error),
     #[error("a memory of {0} bytes cannot be saved")]
     Size(u64),
 }
@@ -69,7 +71,7 @@ pub fn create(
     if let Ok(old) = state_file::open(state_path) {
         memory_file::recover(memory_path, old.memory.bytes(), old.memory.root())?;
     }
-    let state = paused.save(&Hypervisor::open()?, config)?;
+    let state = paused.save(&Hypervisor::open()?.saveable()?, config)?;
     let state = codec::encode(&state)?;
     let memory_file = Replacement::new(memory_path)?;
     let state_file = Replacement::new(state_path)?;
@@ -146,7 +148,18 @@ fn write_all(ram: &Ram, file: &Replacement) -> Result<Leaves, CreateError> {
                     continue;
                 }
             }
-            Origin::Zeroes | Origin::File(_) | Origin::Elsewhere(_) => {
+            // By the files: reading through memory would fill the holes in them.
+            Origin::Shared(file) if !is_touched => file
+                .read_exact_at(&mut buffer, place.in_file())
+                .map_err(CreateError::Base)?,
+            Origin::Base(base) if !is_touched => base
+                .read(place.in_file(), &mut buffer)
+                .map_err(CreateError::Base)?,
+            Origin::Zeroes
+            | Origin::File(_)
+            | Origin::Elsewhere(_)
+            | Origin::Shared(_)
+            | Origin::Base(_) => {
                 ram.memory.read_slice(&mut buffer, place.guest)?;
             }
         }
@@ -183,7 +196,9 @@ fn write_changes(ram: &Ram, file: &Replacement) -> Result<Leaves, CreateError> {
                 let mut source = source.lock().unwrap_or_else(PoisonError::into_inner);
                 (source.manifest.leaves()?, None)
             }
-            Origin::Zeroes | Origin::Elsewhere(_) => (no_leaves(ram)?, None),
+            Origin::Zeroes | Origin::Elsewhere(_) | Origin::Shared(_) | Origin::Base(_) => {
+                (no_leaves(ram)?, None)
+            }
         },
     };
     const PAGES: usize = CHUNK / PAGE as usize;
@@ -197,8 +212,10 @@ fn write_changes(ram: &Ram, file: &Replacement) -> Result<Leaves, CreateError> {
                     .is_some_and(|word| word >> (page % 64) & 1 == 1)
             }
             None => match ram.origin {
-                Origin::Elsewhere(_) => true,
-                _ => touched.is_touched(place.host + page * PAGE as usize, PAGE as usize),
+                Origin::Elsewhere(_) | Origin::Shared(_) | Origin::Base(_) => true,
+                Origin::Zeroes | Origin::File(_) => {
+                    touched.is_touched(place.host + page * PAGE as usize, PAGE as usize)
+                }
             },
         };
         let pages: Vec<bool> = (0..PAGES).map(changed).collect();

@@ -1,0 +1,59 @@
+//! Copies of a running machine.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::{DriveOverride, NetworkOverride, VsockOverride};
+
+/// Body of `PUT /clone`. An addition.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CloneMachine {
+    /// Who becomes a copy: all of them, or none.
+    pub children: Vec<CloneChild>,
+    /// Let the copies run at once.
+    #[serde(default = "yes")]
+    pub resume_children: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// A process that waits for a machine, and what is different in its copy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CloneChild {
+    /// Socket of a VMM that was started with `--adopt`.
+    pub adopt_socket: PathBuf,
+    /// Other taps.
+    #[serde(default)]
+    pub network_overrides: Vec<NetworkOverride>,
+    /// Another socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock_override: Option<VsockOverride>,
+    /// Other images.
+    #[serde(default)]
+    pub drive_overrides: Vec<DriveOverride>,
+}
+
+/// Reply to `PUT /clone`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cloned {
+    /// Microseconds for which the machine stood still.
+    pub pause_us: u64,
+    /// The copies, in the order of the request.
+    pub children: Vec<ClonedChild>,
+}
+
+/// A copy of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClonedChild {
+    /// The id of its process, as given by `--id`.
+    pub id: String,
+    /// Its process id, as it sees it itself.
+    pub pid: u32,
+    /// Microseconds from the end of the pause until it said that it has the machine.
+    pub ready_us: u64,
+}

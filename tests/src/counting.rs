@@ -1,0 +1,47 @@
+//! Machines of a guest that counts, in a register and in memory, and sends both numbers on the serial port. Whatever
+//! becomes of such a machine, what it has sent shows whether it is still the one it was.
+
+use serde_json::json;
+
+use crate::guest::{Entry, Program};
+use crate::{Api, Vmm};
+
+/// A VMM whose log is apart from its console.
+pub fn quiet() -> (Vmm, Api) {
+    let builder = Vmm::builder();
+    let log = builder.directory().join("log");
+    let arguments = ["--log-path".into(), log.into_os_string()];
+    let vmm = builder.arguments(arguments).spawn();
+    let mut api = vmm.api();
+    // Once it has answered, all of it is there.
+    assert_eq!(api.state(), "Not started");
+    (vmm, api)
+}
+
+/// Configures a machine of the counting guest.
+pub fn configure(vmm: &Vmm, api: &mut Api, vcpus: u8, mib: u64) {
+    let kernel = Program::count().write(vmm.directory(), Entry::Pvh);
+    api.configure(&json!({
+        "boot-source": { "kernel_image_path": kernel },
+        "machine-config": { "vcpu_count": vcpus, "mem_size_mib": mib },
+    }));
+}
+
+/// Lets the guest run until it has made some exits.
+pub fn let_run(api: &mut Api) {
+    let before = api.counter("lepton_vcpu_exit_io_out");
+    api.wait_for_more("lepton_vcpu_exit_io_out", before + 20);
+}
+
+/// Checks that the words are 1, 1, 2, 2 and so on, and returns how far they come.
+#[track_caller]
+pub fn check_counts(stream: &[u8]) -> u32 {
+    let words = stream.chunks_exact(4);
+    let words = words.map(|word| u32::from_le_bytes(word.try_into().expect("four bytes")));
+    let mut last = 0;
+    for (index, word) in words.enumerate() {
+        assert_eq!(word, index as u32 / 2 + 1, "word {index}");
+        last = word;
+    }
+    last
+}

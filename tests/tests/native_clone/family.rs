@@ -1,0 +1,95 @@
+//! Machines and those who become their copies.
+
+use std::path::PathBuf;
+
+use lepton_tests::counting::{configure, let_run, quiet};
+use lepton_tests::{Api, Vmm};
+use serde_json::{Value, json};
+
+/// A machine of the counting guest that runs.
+#[track_caller]
+pub fn parent(mib: u64, clonable: bool) -> (Vmm, Api) {
+    let (vmm, mut api) = quiet();
+    configure(&vmm, &mut api, 1, mib);
+    api.patch("/machine-config", &json!({ "clonable": clonable }));
+    api.put(
+        "/serial",
+        &json!({ "serial_out_path": vmm.path("console") }),
+    );
+    api.start();
+    let_run(&mut api);
+    (vmm, api)
+}
+
+/// All that the guest has said by now.
+pub fn said(vmm: &Vmm) -> Vec<u8> {
+    std::fs::read(vmm.path("console")).expect("a console")
+}
+
+/// A process that waits for a machine.
+pub struct Heir {
+    pub vmm: Vmm,
+    pub api: Api,
+    pub socket: PathBuf,
+}
+
+impl Heir {
+    /// One with an id, that is ready.
+    #[track_caller]
+    pub fn called(id: &str) -> Self {
+        let builder = Vmm::builder();
+        let log = builder.directory().join("log");
+        let socket = builder.directory().join("adopt.sock");
+        let arguments = ["--log-path".into(), log.into_os_string()];
+        let vmm = builder
+            .arguments(arguments)
+            .arguments(["--id", id, "--adopt"])
+            .arguments([socket.clone().into_os_string()])
+            .spawn();
+        let mut api = vmm.api();
+        assert_eq!(api.state(), "Not started");
+        Heir { vmm, api, socket }
+    }
+
+    /// What a request to clone says of it.
+    pub fn child(&self) -> Value {
+        json!({ "adopt_socket": self.socket })
+    }
+}
+
+/// A request for these children.
+pub fn request(children: &[Value]) -> Value {
+    json!({ "children": children })
+}
+
+/// Clones, and returns the answer.
+#[track_caller]
+pub fn clone(api: &mut Api, request: &Value) -> Value {
+    let (status, reply) = api.request("PUT", "/clone", &request.to_string());
+    assert_eq!(status, 200, "{reply}");
+    serde_json::from_str(&reply).expect("a reply in JSON")
+}
+
+/// Processes called copy-0, copy-1 and so on.
+#[track_caller]
+pub fn family(size: usize) -> Vec<Heir> {
+    let called = |number| Heir::called(&format!("copy-{number}"));
+    (0..size).map(called).collect()
+}
+
+/// Checks what a copy has said: that it counts on from somewhere, in its register and in memory alike. Returns where.
+#[track_caller]
+pub fn check_tail(stream: &[u8]) -> u32 {
+    let words: Vec<u32> = stream
+        .chunks_exact(4)
+        .map(|word| u32::from_le_bytes(word.try_into().expect("four bytes")))
+        .collect();
+    assert!(words.len() > 4, "{words:?}");
+    // The machine may have stood still between the two words of a round.
+    let offset = usize::from(words[0] != words[1]);
+    for (index, word) in words.iter().enumerate() {
+        let round = (index + offset) / 2;
+        assert_eq!(*word, words[0] + round as u32, "word {index}");
+    }
+    words[0]
+}

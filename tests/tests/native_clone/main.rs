@@ -1,0 +1,35 @@
+//! Machines that are cloned while they run.
+
+mod apart;
+mod family;
+mod going_on;
+mod refused;
+
+use std::process::ExitCode;
+
+use lepton_tests::suite::{self, Need, Order};
+use lepton_tests::test;
+
+use apart::*;
+use going_on::*;
+use refused::*;
+
+fn main() -> ExitCode {
+    suite::run(
+        Order::Together,
+        &[Need::Kvm],
+        [
+            test!(a_copy_goes_on_where_the_machine_was),
+            test!(twenty_copies_of_a_machine_that_runs),
+            test!(a_machine_is_cloned_again_and_again),
+            test!(copies_of_copies),
+            test!(copies_wait_if_they_are_to),
+            test!(a_copy_can_be_saved),
+            test!(whoever_is_killed_the_others_go_on),
+            test!(devices_of_copies_are_elsewhere).needs(Need::Root),
+            test!(all_children_or_none),
+            test!(what_cannot_be_cloned_is_named),
+            test!(bytes_of_anybody_are_refused),
+        ],
+    )
+}

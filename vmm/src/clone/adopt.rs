@@ -1,0 +1,252 @@
+//! The side that gets a machine.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use lepton_api::types::HugePages;
+use lepton_hostio::listener::{BindError, SocketFile};
+use lepton_hostio::packet::{Packet, PacketListener, PacketSocket};
+use lepton_snapshot::MAX_STATE;
+use lepton_snapshot::codec::{self, CodecError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::message::{Answer, GO, MAX_MESSAGE, Machine, Offer, PATIENCE, VERSION};
+use crate::config::Configuration;
+use crate::config::saved::{Overrides, SavedConfigError};
+use crate::controller::{Mailbox, Message};
+use crate::kvm::KvmError;
+use crate::machine::restore::RestoreMachineError;
+use crate::machine::state::MachineState;
+use crate::memory::base::{Base, BaseError};
+use crate::memory::{self, MemoryError, Origin, Ram};
+
+/// Why an offered machine is refused. This process is as before.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum AdoptError {
+    #[error("it has a machine already, or one is being configured")]
+    Taken,
+    #[error("offer: {0}")]
+    Offer(#[source] CodecError),
+    #[error("offer: version {0}; this program has {VERSION}")]
+    Version(u16),
+    #[error("offer: it comes without the machine")]
+    Empty,
+    #[error("offer: a machine of {0} bytes is none")]
+    Length(u64),
+    #[error("machine: {0}")]
+    Machine(#[source] CodecError),
+    #[error("its memory has {saved} bytes, its configuration says {configured}")]
+    MemorySize { saved: u64, configured: u64 },
+    #[error("memory: {0}")]
+    Base(#[from] BaseError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error("huge_pages 2M: such a machine cannot be cloned")]
+    HugePages,
+    #[error(transparent)]
+    Config(#[from] SavedConfigError),
+    #[error(transparent)]
+    Restore(#[from] RestoreMachineError),
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error("host: {0}")]
+    Host(#[from] io::Error),
+}
+
+/// Where machines are offered.
+pub enum Source {
+    /// To who connects.
+    Listener(PacketListener),
+    /// Over this connection, once.
+    Connected(PacketSocket),
+}
+
+impl Source {
+    /// A socket at `path`, and what removes it in the end.
+    pub fn bind(path: &Path) -> Result<(Self, SocketFile), BindError> {
+        let (listener, file) = PacketListener::bind(path)?;
+        Ok((Source::Listener(listener), file))
+    }
+
+    /// An inherited descriptor of a connected socket.
+    pub fn inherited(number: RawFd) -> io::Result<Self> {
+        Ok(Source::Connected(PacketSocket::inherited(number)?))
+    }
+}
+
+const LISTENER: u32 = 0;
+const LINK: u32 = 1;
+
+/// Waits for offers, one connection after the other.
+pub struct Adopter {
+    listener: Option<PacketListener>,
+    link: Option<PacketSocket>,
+    mailbox: Mailbox,
+}
+
+impl Adopter {
+    /// Offers from `source` go to `mailbox`.
+    pub fn new(source: Source, mailbox: Mailbox) -> Self {
+        let (listener, link) = match source {
+            Source::Listener(listener) => (Some(listener), None),
+            Source::Connected(link) => (None, Some(link)),
+        };
+        Adopter {
+            listener,
+            link,
+            mailbox,
+        }
+    }
+
+    fn watch(&self, ops: &mut EventOps) {
+        let (fd, data) = match (&self.link, &self.listener) {
+            (Some(link), _) => (link.as_raw_fd(), LINK),
+            (None, Some(listener)) => (listener.as_raw_fd(), LISTENER),
+            (None, None) => return,
+        };
+        if let Err(error) = ops.add(Events::with_data_raw(fd, data, EventSet::IN)) {
+            log::error!("cannot watch for machines: {error}");
+        }
+    }
+
+    fn step(&mut self, data: u32) {
+        if data == LISTENER {
+            let accepted = self.listener.as_ref().map(PacketListener::accept);
+            match accepted {
+                Some(Ok(link)) => self.link = link,
+                Some(Err(error)) => log::warn!("a machine cannot be taken: {error}"),
+                None => {}
+            }
+            return;
+        }
+        let Some(socket) = self.link.take() else {
+            return;
+        };
+        match socket.receive(MAX_MESSAGE) {
+            Ok(Some(offer)) => self
+                .mailbox
+                .send(Message::Offer(Adoption { socket, offer })),
+            Ok(None) => self.link = Some(socket),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+            Err(error) => log::warn!("a machine cannot be taken: {error}"),
+        }
+    }
+}
+
+impl MutEventSubscriber for Adopter {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        // What is watched changes with each step; nobody else connects meanwhile.
+        if let Err(error) = ops.remove(Events::empty_raw(events.fd())) {
+            log::error!("cannot stop watching for machines: {error}");
+        }
+        self.step(events.data());
+        self.watch(ops);
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        self.watch(ops);
+    }
+}
+
+/// A machine that is offered, and who offers it.
+pub struct Adoption {
+    socket: PacketSocket,
+    offer: Packet,
+}
+
+/// What is needed to restore the machine.
+pub struct Adopted {
+    /// Its devices.
+    pub configuration: Configuration,
+    /// The rest of it.
+    pub state: MachineState,
+    /// Its memory.
+    pub ram: Ram,
+    /// Whether it is to run at once.
+    pub resume: bool,
+}
+
+impl Adoption {
+    /// Takes what is offered apart, opens what the machine needs of the host, and maps its memory.
+    pub fn take(&mut self) -> Result<Adopted, AdoptError> {
+        let offer: Offer = codec::decode(&self.offer.bytes).map_err(AdoptError::Offer)?;
+        if offer.version != VERSION {
+            return Err(AdoptError::Version(offer.version));
+        }
+        let mut files = std::mem::take(&mut self.offer.files).into_iter();
+        let machine = File::from(files.next().ok_or(AdoptError::Empty)?);
+        let length = usize::try_from(offer.machine)
+            .ok()
+            .filter(|length| *length <= MAX_STATE)
+            .ok_or(AdoptError::Length(offer.machine))?;
+        let mut bytes = vec![0; length];
+        machine.read_exact_at(&mut bytes, 0)?;
+        let Machine {
+            mut state,
+            memory,
+            extents,
+        } = codec::decode(&bytes).map_err(AdoptError::Machine)?;
+        let base = Base::received(memory, extents, files.collect())?;
+        let overrides = Overrides::from(offer.changes);
+        state.config.apply(&overrides)?;
+        let configuration = state.config.build(&overrides)?;
+        let shape = configuration.shape();
+        if shape.huge_pages == HugePages::Hugetlbfs2M {
+            return Err(AdoptError::HugePages);
+        }
+        let (saved, configured) = (base.bytes(), shape.memory.bytes());
+        if saved != configured {
+            return Err(AdoptError::MemorySize { saved, configured });
+        }
+        let memory = memory::allocate(shape.memory, shape.huge_pages)?;
+        base.map(&memory, None)?;
+        let ram = Ram::new(memory, Origin::Base(base));
+        ram.protect();
+        Ok(Adopted {
+            configuration,
+            state,
+            ram,
+            resume: offer.resume,
+        })
+    }
+
+    /// Says that the machine is here, and waits until it may run. An error means that there is to be no copy.
+    pub fn ready(&self, id: &str) -> io::Result<()> {
+        self.answer(&Answer::Ready {
+            id: id.to_owned(),
+            pid: std::process::id(),
+        })?;
+        // The other side waits for all the other copies before.
+        let left = Timespec::try_from(PATIENCE * 2).map_err(io::Error::other)?;
+        let mut polled = [PollFd::new(&self.socket, PollFlags::IN)];
+        loop {
+            match poll(&mut polled, Some(&left)) {
+                Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+                Ok(_) => {}
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            }
+            match self.socket.receive(MAX_MESSAGE)? {
+                Some(packet) if packet.bytes == GO => return Ok(()),
+                Some(_) => return Err(io::Error::other("an unknown word")),
+                None => {}
+            }
+        }
+    }
+
+    /// Says that the machine is refused.
+    pub fn refuse(&self, reason: &AdoptError) {
+        // Who offers it may be gone.
+        drop(self.answer(&Answer::Refused(reason.to_string())));
+    }
+
+    fn answer(&self, answer: &Answer) -> io::Result<()> {
+        let bytes = codec::encode(answer).map_err(io::Error::other)?;
+        self.socket.send(&bytes, &[])
+    }
+}

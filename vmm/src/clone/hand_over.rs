@@ -1,0 +1,268 @@
+//! The side that has the machine.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use lepton_api::types::{CloneMachine, Cloned, ClonedChild};
+use lepton_hostio::packet::PacketSocket;
+use lepton_snapshot::codec::{self, CodecError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::message::{Answer, Changes, GO, MAX_MESSAGE, Machine, Offer, PATIENCE, VERSION};
+use crate::kvm::KvmError;
+use crate::machine::state::{MachineState, SaveError};
+use crate::memory::base;
+use crate::memory::freeze::{FreezeError, Frozen, OldMapping};
+
+/// Most copies in one request.
+const MAX_CHILDREN: usize = 1000;
+/// Most bytes of a reason that another process gives.
+const MAX_REASON: usize = 1000;
+
+/// Why there are no copies. The machine goes on as before.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum CloneError {
+    #[error("{0} children are not between 1 and {MAX_CHILDREN}")]
+    Count(usize),
+    #[error("adopt_socket {} stands there twice", .0.display())]
+    Twice(PathBuf),
+    #[error("adopt_socket {}: {source}", path.display())]
+    Connect { path: PathBuf, source: io::Error },
+    #[error(
+        "drive {0} can be written to: give each child an image of its own, with the same content, by drive_overrides"
+    )]
+    Writable(String),
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error("it cannot stand still: {0}")]
+    Pause(#[source] lepton_devices::virtio::device::DeviceError),
+    #[error(transparent)]
+    Save(#[from] SaveError),
+    #[error(transparent)]
+    Freeze(#[from] FreezeError),
+    #[error(transparent)]
+    Encode(#[from] CodecError),
+    #[error("host: {0}")]
+    Host(#[from] io::Error),
+    #[error("child {}: {source}", path.display())]
+    Child { path: PathBuf, source: io::Error },
+    #[error("child {}: {reason}", path.display())]
+    Refused { path: PathBuf, reason: String },
+    #[error("child {}: no answer within {PATIENCE:?}", .0.display())]
+    Silent(PathBuf),
+}
+
+/// A process that waits for a machine.
+struct Heir {
+    path: PathBuf,
+    socket: PacketSocket,
+    changes: Changes,
+}
+
+/// The processes that wait for the machine. Dropped, they wait for another.
+pub struct Heirs {
+    heirs: Vec<Heir>,
+    resume: bool,
+}
+
+impl Heirs {
+    /// Connects to all that `request` names.
+    pub fn connect(request: &CloneMachine) -> Result<Self, CloneError> {
+        let children = &request.children;
+        if children.is_empty() || children.len() > MAX_CHILDREN {
+            return Err(CloneError::Count(children.len()));
+        }
+        let mut seen = std::collections::BTreeSet::new();
+        let mut heirs = Vec::with_capacity(children.len());
+        for child in children {
+            let path = child.adopt_socket.clone();
+            if !seen.insert(&child.adopt_socket) {
+                return Err(CloneError::Twice(path));
+            }
+            let socket = PacketSocket::connect(&path).map_err(|source| CloneError::Connect {
+                path: path.clone(),
+                source,
+            })?;
+            heirs.push(Heir {
+                path,
+                socket,
+                changes: Changes::from(child),
+            });
+        }
+        Ok(Heirs {
+            heirs,
+            resume: request.resume_children,
+        })
+    }
+
+    /// What they are to get.
+    pub fn get(self, state: MachineState, memory: Frozen, pause: Duration) -> HandOver {
+        HandOver {
+            heirs: self,
+            state,
+            memory,
+            pause,
+            resumed: Instant::now(),
+        }
+    }
+}
+
+/// A machine on its way to those who get a copy. The machine itself goes on.
+pub struct HandOver {
+    heirs: Heirs,
+    state: MachineState,
+    memory: Frozen,
+    pause: Duration,
+    /// When the pause ended.
+    resumed: Instant,
+}
+
+/// What came of it.
+pub struct Finished {
+    /// The copies, or why there are none.
+    pub result: Result<Cloned, CloneError>,
+    /// To be dropped when there is time.
+    pub leftovers: Vec<OldMapping>,
+}
+
+impl HandOver {
+    /// Gives the machine to all, or to none. Takes a while: not for the event loop.
+    pub fn run(self) -> Finished {
+        let HandOver {
+            heirs: Heirs { heirs, resume },
+            state,
+            memory: Frozen { base, leftovers },
+            pause,
+            resumed,
+        } = self;
+        let machine = Machine {
+            state,
+            memory: base.bytes(),
+            extents: base.extents().to_vec(),
+        };
+        // The heirs' sockets are closed on an error: who has the machine already ends.
+        let result = offer(&heirs, &machine, &base, resume)
+            .and_then(|()| collect(&heirs, resumed))
+            .map(|children| Cloned {
+                pause_us: microseconds(pause),
+                children,
+            });
+        if result.is_ok() {
+            for heir in &heirs {
+                // One that has ended since it was ready has ended as a machine may end.
+                if let Err(error) = heir.socket.send(GO, &[]) {
+                    log::warn!("clone {}: {error}", heir.path.display());
+                }
+            }
+        }
+        Finished { result, leftovers }
+    }
+}
+
+fn microseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn offer(
+    heirs: &[Heir],
+    machine: &Machine,
+    memory: &base::Base,
+    resume: bool,
+) -> Result<(), CloneError> {
+    let bytes = codec::encode(machine)?;
+    let file = base::new_file(bytes.len() as u64)?;
+    std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 0)?;
+    base::seal(&file)?;
+    let mut files = vec![file.as_fd()];
+    files.extend(memory.files().iter().map(|file| file.as_fd()));
+    for heir in heirs {
+        let offer = Offer {
+            version: VERSION,
+            machine: bytes.len() as u64,
+            changes: heir.changes.clone(),
+            resume,
+        };
+        let sent = heir.socket.send(&codec::encode(&offer)?, &files);
+        sent.map_err(|source| heir.failed(source))?;
+    }
+    Ok(())
+}
+
+/// Waits until all are ready, and no longer than [`PATIENCE`].
+fn collect(heirs: &[Heir], since: Instant) -> Result<Vec<ClonedChild>, CloneError> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut ready: Vec<Option<ClonedChild>> = vec![None; heirs.len()];
+    loop {
+        let waiting: Vec<usize> = (0..heirs.len()).filter(|i| ready[*i].is_none()).collect();
+        let Some(first) = waiting.first() else {
+            return Ok(ready.into_iter().flatten().collect());
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        let silent = || CloneError::Silent(heirs[*first].path.clone());
+        if left.is_zero() {
+            return Err(silent());
+        }
+        let sockets = waiting.iter().map(|index| &heirs[*index].socket);
+        let mut polled: Vec<_> = sockets
+            .map(|socket| PollFd::new(socket, PollFlags::IN))
+            .collect();
+        let left = Timespec::try_from(left).map_err(|_| silent())?;
+        match poll(&mut polled, Some(&left)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(CloneError::Host(error.into())),
+        }
+        let changed: Vec<bool> = polled.iter().map(|p| !p.revents().is_empty()).collect();
+        for (index, changed) in waiting.into_iter().zip(changed) {
+            if changed && let Some((id, pid)) = heirs[index].answer()? {
+                let ready_us = microseconds(since.elapsed());
+                ready[index] = Some(ClonedChild { id, pid, ready_us });
+            }
+        }
+    }
+}
+
+impl Heir {
+    fn failed(&self, source: io::Error) -> CloneError {
+        CloneError::Child {
+            path: self.path.clone(),
+            source,
+        }
+    }
+
+    fn refused(&self, reason: &str) -> CloneError {
+        let clean = |character: char| match character.is_control() {
+            true => ' ',
+            false => character,
+        };
+        CloneError::Refused {
+            path: self.path.clone(),
+            reason: reason.chars().take(MAX_REASON).map(clean).collect(),
+        }
+    }
+
+    /// The id and process id of one that is ready, if it has said something.
+    fn answer(&self) -> Result<Option<(String, u32)>, CloneError> {
+        let packet = match self.socket.receive(MAX_MESSAGE) {
+            Ok(Some(packet)) => packet,
+            Ok(None) => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                return Err(self.refused("it ended, or has a machine already"));
+            }
+            Err(error) => return Err(self.failed(error)),
+        };
+        match codec::decode(&packet.bytes) {
+            Ok(Answer::Ready { id, pid }) if crate::cli::parse_id(&id).is_ok() => {
+                Ok(Some((id, pid)))
+            }
+            Ok(Answer::Ready { .. }) => Err(self.refused("its id is none")),
+            Ok(Answer::Refused(reason)) => Err(self.refused(&reason)),
+            Err(error) => Err(self.refused(&error.to_string())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,100 @@
+//! What the two processes say to each other.
+
+use std::time::Duration;
+
+use lepton_api::types::CloneChild;
+use serde::{Deserialize, Serialize};
+
+use crate::config::saved::Overrides;
+use crate::machine::state::MachineState;
+use crate::memory::base::Extent;
+
+/// Version of all of this. Both sides have the same.
+pub const VERSION: u16 = 1;
+/// Most bytes of a message.
+pub const MAX_MESSAGE: usize = 64 << 10;
+/// How long one side waits for the other.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+/// The last word.
+pub const GO: &[u8] = b"go";
+
+/// A machine is offered. The first descriptor that comes with it holds a [`Machine`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offer {
+    /// [`VERSION`].
+    pub version: u16,
+    /// Bytes of the encoded machine.
+    pub machine: u64,
+    /// What is different in the copy.
+    pub changes: Changes,
+    /// Whether it is to run at once.
+    pub resume: bool,
+}
+
+/// What is different in a copy.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changes {
+    /// Interface and tap.
+    pub taps: Vec<(String, String)>,
+    /// Drive and image.
+    pub images: Vec<(String, String)>,
+    /// Socket of the vsock.
+    pub socket: Option<String>,
+}
+
+impl From<&CloneChild> for Changes {
+    fn from(child: &CloneChild) -> Self {
+        let taps = child.network_overrides.iter();
+        let images = child.drive_overrides.iter();
+        Changes {
+            taps: taps
+                .map(|tap| (tap.iface_id.clone(), tap.host_dev_name.clone()))
+                .collect(),
+            images: images
+                .map(|image| (image.drive_id.clone(), image.path_on_host.clone()))
+                .collect(),
+            socket: child.vsock_override.as_ref().map(|o| o.uds_path.clone()),
+        }
+    }
+}
+
+impl From<Changes> for Overrides {
+    fn from(changes: Changes) -> Self {
+        let Changes {
+            taps,
+            images,
+            socket,
+        } = changes;
+        Overrides {
+            taps,
+            images,
+            socket,
+            ..Default::default()
+        }
+    }
+}
+
+/// The machine that is offered.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    /// All but its memory.
+    pub state: MachineState,
+    /// Bytes of memory.
+    pub memory: u64,
+    /// Where memory is: in the descriptors behind the first.
+    pub extents: Vec<Extent>,
+}
+
+/// What is said to an offer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// The machine is here and stands still.
+    Ready {
+        /// The id of the process.
+        id: String,
+        /// Its process id.
+        pid: u32,
+    },
+    /// It is not, for this reason.
+    Refused(String),
+}

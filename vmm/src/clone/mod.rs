@@ -1,0 +1,23 @@
+//! Copies of a machine that runs, each in a process that was started before.
+//!
+//! ```text
+//!  the machine's process                              a process started with --adopt
+//!  connect                ------------------------->  accept
+//!  pause, save, freeze memory, go on
+//!  Offer, descriptors     ------------------------->  check, open devices, map memory, restore
+//!                         <-------------------------  Ready, or Refused (and waits for another)
+//!  all are ready: go      ------------------------->  the machine runs
+//!  else: close            ------------------------->  end
+//! ```
+//!
+//! One message each, over a socket of type SOCK_SEQPACKET. With the offer go descriptors: of the state, encoded as in a
+//! snapshot, and of the files that memory is in (see [`crate::memory::base`]). A VMM in a jail can neither fork nor start
+//! programs, so it is others who start the processes; in return each is in a jail of its own, and may have its own user.
+//! Neither side believes the other: what comes is bounded and checked, and nobody waits for ever.
+
+mod adopt;
+mod hand_over;
+mod message;
+
+pub use adopt::{AdoptError, Adopter, Adoption, Source};
+pub use hand_over::{CloneError, Finished, HandOver, Heirs};

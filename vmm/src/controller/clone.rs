@@ -1,0 +1,190 @@
+//! The request that clones a machine, and the offer of one.
+
+use std::sync::mpsc::SyncSender;
+use std::time::Instant;
+
+use lepton_api::types::CloneMachine;
+use lepton_api::{Action, Fault, Reply};
+
+use super::dispatch::{Controller, Next, console_of, refused};
+use super::phase::Phase;
+use super::policy::{self, Stage};
+use crate::clone::{AdoptError, Adoption, CloneError, Finished, HandOver, Heirs};
+use crate::config::saved::SavedConfig;
+use crate::events::Loop;
+use crate::exit::ExitCode;
+use crate::kvm::Hypervisor;
+use crate::machine::Paused;
+use crate::machine::restore::{self, Restoration};
+use crate::machine::state::MachineState;
+use crate::memory::freeze::Frozen;
+use crate::vcpu::state::Saveable;
+
+fn fault(error: CloneError) -> Fault {
+    refused(format!("Clone error: {error}"))
+}
+
+fn reply(finished: &Finished) -> Result<Reply, Fault> {
+    match &finished.result {
+        Ok(cloned) => Reply::json(cloned),
+        Err(error) => Err(refused(format!("Clone error: {error}"))),
+    }
+}
+
+impl Controller {
+    /// PUT /clone. The copies get the machine from a thread of its own, which also answers: they may take their time, and
+    /// this machine has its own life.
+    pub(super) fn clone_machine(
+        &mut self,
+        request: &CloneMachine,
+        answer: SyncSender<Result<Reply, Fault>>,
+    ) {
+        let begun = policy::allow(self.stage(), &Action::Clone(request.clone()))
+            .map_err(refused)
+            .and_then(|()| self.begin_clone(request).map_err(fault));
+        let hand_over = match begun {
+            Ok(hand_over) => hand_over,
+            Err(fault) => {
+                log::warn!("request refused: {}", fault.message);
+                drop(answer.send(Err(fault)));
+                return;
+            }
+        };
+        let unthreaded = answer.clone();
+        let spawned = std::thread::Builder::new()
+            .name("clone".into())
+            .stack_size(256 << 10)
+            .spawn(move || {
+                let finished = hand_over.run();
+                let reply = reply(&finished);
+                if let Err(fault) = &reply {
+                    log::warn!("request refused: {}", fault.message);
+                }
+                // A client that is gone needs no answer.
+                drop(answer.send(reply));
+                drop(finished.leftovers);
+            });
+        if let Err(error) = spawned {
+            drop(unthreaded.send(Err(fault(CloneError::Host(error)))));
+        }
+    }
+
+    /// The same, and waits for it.
+    pub(super) fn clone_and_wait(&mut self, request: &CloneMachine) -> Result<Reply, Fault> {
+        let hand_over = self.begin_clone(request).map_err(fault)?;
+        reply(&hand_over.run())
+    }
+
+    /// What can be refused is refused first, then the machine stands still for as long as must be.
+    fn begin_clone(&mut self, request: &CloneMachine) -> Result<HandOver, CloneError> {
+        for drive in self.configuration.devices.drives() {
+            let is_elsewhere = request.children.iter().all(|child| {
+                let mut elsewhere = child.drive_overrides.iter();
+                elsewhere.any(|other| other.drive_id == drive.drive_id)
+            });
+            if !drive.is_read_only.unwrap_or(false) && !is_elsewhere {
+                return Err(CloneError::Writable(drive.drive_id.clone()));
+            }
+        }
+        let heirs = Heirs::connect(request)?;
+        let saveable = Hypervisor::open()?.saveable()?;
+        let config = SavedConfig::from(&self.configuration);
+        let started = Instant::now();
+        let phase = std::mem::replace(&mut self.phase, Phase::Configuring);
+        let (phase, taken) = match phase {
+            Phase::Running(running) => {
+                let (mut paused, result) = running.pause();
+                let taken = match result {
+                    Ok(()) => take(&mut paused, &saveable, config),
+                    Err(error) => Err(CloneError::Pause(error)),
+                };
+                (Phase::Running(paused.resume()), taken)
+            }
+            Phase::Paused(mut paused) => {
+                let taken = take(&mut paused, &saveable, config);
+                (Phase::Paused(paused), taken)
+            }
+            // The policy has refused before.
+            Phase::Configuring => (Phase::Configuring, Err(CloneError::Count(0))),
+        };
+        self.phase = phase;
+        let pause = started.elapsed();
+        let (state, memory) = taken?;
+        log::info!(
+            "machine cloned for {} processes; it stood still for {pause:?}",
+            request.children.len()
+        );
+        Ok(heirs.get(state, memory, pause))
+    }
+
+    /// Takes the machine that is offered, or refuses it.
+    pub(super) fn adopt_offer(&mut self, mut adoption: Adoption, events: &mut Loop) -> Next {
+        let taken = match self.stage() {
+            Stage::Fresh => self.restore_offer(&mut adoption, events),
+            _ => Err(AdoptError::Taken),
+        };
+        let (paused, resume) = match taken {
+            Ok(taken) => taken,
+            Err(error) => {
+                log::warn!("a machine that was offered is refused: {error}");
+                adoption.refuse(&error);
+                return Next::Continue;
+            }
+        };
+        if let Err(error) = adoption.ready(&self.options.id) {
+            log::error!("there is to be no copy of the machine: {error}");
+            self.phase = Phase::Paused(paused);
+            return Next::Exit(ExitCode::Failure);
+        }
+        self.phase = match resume {
+            true => Phase::Running(paused.resume()),
+            false => Phase::Paused(paused),
+        };
+        log::info!("this is a copy of a machine now");
+        Next::Continue
+    }
+
+    fn restore_offer(
+        &mut self,
+        adoption: &mut Adoption,
+        events: &mut Loop,
+    ) -> Result<(Paused, bool), AdoptError> {
+        let mut adopted = adoption.take()?;
+        adopted.configuration.serial = self.configuration.serial.clone();
+        let (console, room) = console_of(&adopted.configuration.serial)?;
+        let hypervisor = match self.hypervisor.take() {
+            Some(ready) => ready,
+            None => Hypervisor::open()?,
+        };
+        let restoration = Restoration {
+            state: &adopted.state,
+            vcpus: adopted.configuration.shape().topology.vcpus,
+            ram: adopted.ram,
+            devices: adopted.configuration.devices.all(),
+            console,
+            clock_catches_up: true,
+        };
+        let built = restore::restore(&hypervisor, restoration, self.surroundings())?;
+        self.configuration = adopted.configuration;
+        Ok((self.adopt(built, room, events), adopted.resume))
+    }
+
+    /// Makes KVM ready for a machine that will be offered.
+    pub fn expect_offers(&mut self) {
+        if let Ok(hypervisor) = Hypervisor::open() {
+            hypervisor.prepare();
+            self.hypervisor = Some(hypervisor);
+        }
+    }
+}
+
+/// The state first: nothing of it may still change memory.
+fn take(
+    paused: &mut Paused,
+    saveable: &Saveable,
+    config: SavedConfig,
+) -> Result<(MachineState, Frozen), CloneError> {
+    let state = paused.save(saveable, config)?;
+    let memory = paused.ram_mut().freeze()?;
+    Ok((state, memory))
+}

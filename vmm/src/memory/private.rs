@@ -1,0 +1,180 @@
+//! Which pages of guest memory this process has written, since it was mapped from a base.
+#![allow(unsafe_code)] // ioctl on /proc/self/pagemap, and reading guest memory
+
+use std::fs::File;
+use std::io;
+
+use lepton_devices::Memory;
+use lepton_devices::dirty::PAGE;
+use vmm_sys_util::ioctl::ioctl_with_mut_ref;
+use vmm_sys_util::ioctl_iowr_nr;
+
+use super::base::{Base, Part, Places};
+use super::present::Pagemap;
+
+/// The argument of PAGEMAP_SCAN (Linux 6.7, `struct pm_scan_arg`).
+#[repr(C)]
+#[derive(Default)]
+struct Scan {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+#[repr(C)]
+#[derive(Default, Clone, Copy)]
+struct Found {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+const IS_FILE: u64 = 1 << 2;
+const IS_PRESENT: u64 = 1 << 3;
+const IS_SWAPPED: u64 = 1 << 4;
+const IS_ZERO: u64 = 1 << 5;
+/// Runs that are asked for at once.
+const BATCH: usize = 512;
+
+ioctl_iowr_nr!(PAGEMAP_SCAN, 0x66, 16, Scan);
+
+/// Runs, each (first byte, bytes), counted as in [`super::base::Extent`], in ascending order.
+pub type Runs = Vec<(u64, u64)>;
+
+/// The pages that are not as in `base`, which `memory` was mapped from. Nobody writes meanwhile.
+///
+/// The host kernel tells in one call. One before 6.7 is asked for each page. Where there is no /proc, as in a jail, the
+/// pages are compared, which takes as long as reading all of memory.
+pub fn runs(memory: &Memory, base: &Base) -> io::Result<Runs> {
+    let places = Places::new(memory);
+    let Ok(file) = File::open("/proc/self/pagemap") else {
+        return compare(&places, base);
+    };
+    let mut runs = Runs::new();
+    for part in places.all() {
+        match scan(&file, *part, &mut runs) {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => ask(*part, &mut runs),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(runs)
+}
+
+fn add(runs: &mut Runs, at: u64, bytes: u64) {
+    match runs.last_mut() {
+        Some((first, length)) if *first + *length == at => *length += bytes,
+        _ => runs.push((at, bytes)),
+    }
+}
+
+fn scan(file: &File, part: Part, runs: &mut Runs) -> io::Result<()> {
+    let mut found = [Found::default(); BATCH];
+    let host = part.host as u64;
+    let end = host + part.bytes;
+    let mut scan = Scan {
+        size: size_of::<Scan>() as u64,
+        end,
+        walk_end: host,
+        vec: found.as_mut_ptr() as u64,
+        vec_len: BATCH as u64,
+        category_inverted: IS_FILE | IS_ZERO,
+        category_mask: IS_FILE | IS_ZERO,
+        category_anyof_mask: IS_PRESENT | IS_SWAPPED,
+        return_mask: IS_FILE,
+        ..Default::default()
+    };
+    while scan.walk_end < end {
+        scan.start = scan.walk_end;
+        // SAFETY: the kernel reads and writes one `pm_scan_arg`, and writes at most `vec_len` elements of `found`.
+        let count = unsafe { ioctl_with_mut_ref(file, PAGEMAP_SCAN(), &mut scan) };
+        let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+        for run in found.iter().take(count) {
+            add(runs, part.at + (run.start - host), run.end - run.start);
+        }
+        if scan.walk_end <= scan.start {
+            return Err(io::Error::other("PAGEMAP_SCAN does not go on"));
+        }
+    }
+    Ok(())
+}
+
+fn ask(part: Part, runs: &mut Runs) {
+    let mut map = Pagemap::open();
+    for offset in (0..part.bytes).step_by(PAGE as usize) {
+        if map.is_private(part.host + offset as usize) {
+            add(runs, part.at + offset, PAGE);
+        }
+    }
+}
+
+fn compare(places: &Places, base: &Base) -> io::Result<Runs> {
+    let mut runs = Runs::new();
+    let mut was = [0; PAGE as usize];
+    for part in places.all() {
+        for offset in (0..part.bytes).step_by(PAGE as usize) {
+            base.read(part.at + offset, &mut was)?;
+            let host = (part.host + offset as usize) as *const [u8; PAGE as usize];
+            // SAFETY: the page lies in a mapping of guest memory that stays mapped, and nobody writes to it: the machine
+            // is paused.
+            let is = unsafe { std::ptr::read_volatile(host) };
+            if is != was {
+                add(&mut runs, part.at + offset, PAGE);
+            }
+        }
+    }
+    Ok(runs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{MemorySize, allocate};
+    use lepton_api::types::HugePages;
+    use vm_memory::{Bytes, GuestAddress};
+
+    #[test]
+    fn what_was_written_is_found_in_each_way() {
+        let size = MemorySize::new(64, HugePages::None).unwrap();
+        let memory = allocate(size, HugePages::None).unwrap();
+        for at in [0, 0x5000, 0x6008, 0x300_0000, size.bytes() - 8] {
+            memory.write_obj(7u64, GuestAddress(at)).unwrap();
+        }
+        // Read only.
+        memory.read_obj::<u64>(GuestAddress(0x9000)).unwrap();
+        let wanted = vec![
+            (0, PAGE),
+            (0x5000, 2 * PAGE),
+            (0x300_0000, PAGE),
+            (size.bytes() - PAGE, PAGE),
+        ];
+        let base = Base::zero(size.bytes());
+        assert_eq!(runs(&memory, &base).unwrap(), wanted);
+        let places = Places::new(&memory);
+        let mut asked = Runs::new();
+        places.all().iter().for_each(|part| ask(*part, &mut asked));
+        assert_eq!(compare(&places, &base).unwrap(), wanted);
+        let pages = |runs: &Runs| -> Vec<u64> {
+            let pages = runs
+                .iter()
+                .flat_map(|(at, bytes)| (*at..at + bytes).step_by(4096));
+            pages.collect()
+        };
+        // An older kernel does not tell the page of zeroes that was only read, which may be a huge one.
+        assert!(
+            pages(&wanted)
+                .iter()
+                .all(|page| pages(&asked).contains(page))
+        );
+        assert!(!pages(&asked).contains(&0x200_0000));
+    }
+}
