@@ -4,15 +4,18 @@
 //! chain ends, its length fits 32 bits, and its head is not in flight already. Whatever is not so is a
 //! [`QueueError`], after which the device needs a reset.
 
-use std::ops::Range;
+mod rings;
+mod segments;
+
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use smallvec::SmallVec;
-use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use self::rings::{Rings, Table};
+pub use self::segments::{Segment, Segments, Slices};
 use super::device::{DeviceError, Progress};
 use super::interrupt::Interrupt;
 use super::state::QueuePosition;
@@ -30,6 +33,9 @@ pub enum QueueError {
     /// The ring itself is out of bounds or inconsistent.
     #[error("{0}")]
     Ring(#[from] virtio_queue::Error),
+    /// A part of the ring lies in two regions of memory.
+    #[error("a ring lies across the border of two regions of memory")]
+    Split,
     /// A chain has no end, no descriptor, a bad next or indirect table, more than 2^32 bytes, or more than
     /// [`MAX_CHAIN`] descriptors.
     #[error("descriptor chain {head} is malformed")]
@@ -69,128 +75,6 @@ pub enum QueueError {
     /// Guest memory refused an access that was checked before.
     #[error("guest memory: {0}")]
     Memory(String),
-}
-
-/// A contiguous run of guest-physical bytes inside guest memory, never empty.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Segment {
-    /// Guest physical address of the first byte.
-    pub addr: GuestAddress,
-    /// Length in bytes.
-    pub len: u32,
-}
-
-/// The buffers of one direction of a chain, as one run of bytes.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Segments {
-    list: SmallVec<[Segment; 4]>,
-    len: u64,
-}
-
-/// Volatile views on guest memory, in order.
-pub type Slices<'m> = SmallVec<[VolatileSlice<'m>; 8]>;
-
-impl Segments {
-    /// Total bytes, at most 2^32.
-    pub fn len(&self) -> u64 {
-        self.len
-    }
-
-    /// Whether there are no bytes.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// The segments in order.
-    pub fn iter(&self) -> impl Iterator<Item = &Segment> {
-        self.list.iter()
-    }
-
-    fn push(&mut self, addr: GuestAddress, len: u32) {
-        if len > 0 {
-            self.list.push(Segment { addr, len });
-            self.len += u64::from(len);
-        }
-    }
-
-    /// The parts of the segments that hold bytes `range`, in order.
-    pub fn clip(&self, range: Range<u64>) -> Result<impl Iterator<Item = Segment>, QueueError> {
-        if range.start > range.end || range.end > self.len {
-            return Err(QueueError::Bounds {
-                start: range.start,
-                end: range.end,
-                len: self.len,
-            });
-        }
-        let mut base = 0u64;
-        let clipped = self.list.iter().filter_map(move |segment| {
-            let start = base;
-            base += u64::from(segment.len);
-            let from = range.start.max(start);
-            let to = range.end.min(base);
-            (from < to).then(|| Segment {
-                addr: GuestAddress(segment.addr.0 + (from - start)),
-                len: u32::try_from(to - from).unwrap_or(segment.len),
-            })
-        });
-        Ok(clipped)
-    }
-
-    /// Views on bytes `range` of the buffer.
-    pub fn slices<'m>(
-        &self,
-        memory: &'m Memory,
-        range: Range<u64>,
-    ) -> Result<Slices<'m>, QueueError> {
-        let mut slices = Slices::new();
-        for segment in self.clip(range)? {
-            // Nearly always a segment lies in one region, which is cheaper to find out than to iterate.
-            if let Ok(slice) = memory.get_slice(segment.addr, segment.len as usize) {
-                slices.push(slice);
-                continue;
-            }
-            let found = memory
-                .get_slices(segment.addr, segment.len as usize)
-                .stop_on_error()
-                .map_err(memory_error)?;
-            slices.extend(found);
-        }
-        Ok(slices)
-    }
-
-    /// Copies `buf.len()` bytes from `offset` of the buffer into `buf`.
-    pub fn read_at(&self, memory: &Memory, offset: u64, buf: &mut [u8]) -> Result<(), QueueError> {
-        let end = offset.saturating_add(buf.len() as u64);
-        let mut rest = buf;
-        for segment in self.clip(offset..end)? {
-            let (now, later) = rest.split_at_mut(segment.len as usize);
-            match memory.get_slice(segment.addr, now.len()) {
-                Ok(slice) => {
-                    slice.copy_to(now);
-                }
-                Err(_) => memory.read_slice(now, segment.addr).map_err(memory_error)?,
-            }
-            rest = later;
-        }
-        Ok(())
-    }
-
-    /// Copies `buf` to `offset` of the buffer.
-    pub fn write_at(&self, memory: &Memory, offset: u64, buf: &[u8]) -> Result<(), QueueError> {
-        let end = offset.saturating_add(buf.len() as u64);
-        let mut rest = buf;
-        for segment in self.clip(offset..end)? {
-            let (now, later) = rest.split_at(segment.len as usize);
-            match memory.get_slice(segment.addr, now.len()) {
-                Ok(slice) => slice.copy_from(now),
-                Err(_) => memory
-                    .write_slice(now, segment.addr)
-                    .map_err(memory_error)?,
-            }
-            rest = later;
-        }
-        Ok(())
-    }
 }
 
 /// Whether all of `len` bytes at `addr` lie in guest memory, in one region or in several without a hole between them.
@@ -234,8 +118,11 @@ pub enum Flow {
 pub struct VirtQueue {
     queue: Queue,
     index: usize,
+    rings: Rings,
     memory: Arc<Memory>,
     interrupt: Arc<Interrupt>,
+    /// The available ring's index when it was last looked at. There is no need to look again before it is reached.
+    seen: u16,
     /// One bit per descriptor: popped as a head and not yet completed.
     in_flight: Vec<u64>,
     /// The used index when the driver was last considered for an interrupt.
@@ -255,13 +142,17 @@ impl VirtQueue {
         if !queue.is_valid(memory.as_ref()) {
             return Err(QueueError::Ring(virtio_queue::Error::QueueNotReady));
         }
+        let rings = Rings::find(&memory, &queue).ok_or(QueueError::Split)?;
         let in_flight = vec![0; usize::from(queue.size()).div_ceil(64)];
         let signalled = queue.next_used();
+        let seen = queue.next_avail();
         Ok(VirtQueue {
             queue,
             index,
+            rings,
             memory,
             interrupt,
+            seen,
             in_flight,
             signalled,
             dirty: None,
@@ -297,8 +188,11 @@ impl VirtQueue {
         let VirtQueue {
             queue,
             index: _,
+            rings: _,
             memory: _,
             interrupt: _,
+            // Looked at anew.
+            seen: _,
             // A device at rest has completed or put back what it took.
             in_flight: _,
             // Every pass ends with a signal.
@@ -322,41 +216,21 @@ impl VirtQueue {
 
     /// Takes the next available chain, if there is one.
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
-        let memory = self.memory.as_ref();
-        let Some(descriptors) = self.queue.iter(memory)?.next() else {
-            return Ok(None);
-        };
-        let head = descriptors.head_index();
-        let mut chain = Chain {
-            head,
-            readable: Segments::default(),
-            writable: Segments::default(),
-        };
-        // The iterator ends without a word on a malformed chain; only the last descriptor's flag tells.
-        let mut ended = false;
-        let mut left = MAX_CHAIN;
-        for descriptor in descriptors {
-            left = left.checked_sub(1).ok_or(QueueError::Malformed { head })?;
-            let (addr, len) = (descriptor.addr(), descriptor.len());
-            if len > 0 && !is_in_memory(memory, addr, len) {
-                return Err(QueueError::OutsideMemory {
-                    head,
-                    addr: addr.0,
-                    len,
-                });
+        let next = self.queue.next_avail();
+        if next == self.seen {
+            self.seen = self.rings.avail_index()?;
+            // The driver cannot have made more available than there is room for (VIRTIO 1.3, 2.7.13.1).
+            if self.seen.wrapping_sub(next) > self.queue.size() {
+                self.seen = next;
+                return Err(virtio_queue::Error::InvalidAvailRingIndex.into());
             }
-            if descriptor.is_write_only() {
-                chain.writable.push(addr, len);
-            } else if chain.writable.is_empty() {
-                chain.readable.push(addr, len);
-            } else {
-                return Err(QueueError::Order { head });
+            if next == self.seen {
+                return Ok(None);
             }
-            ended = !descriptor.has_next();
         }
-        if !ended {
-            return Err(QueueError::Malformed { head });
-        }
+        let head = self.rings.avail_head(next)?;
+        self.queue.set_next_avail(next.wrapping_add(1));
+        let chain = self.walk(head)?;
         self.mark_in_flight(head)?;
         if let Some(dirty) = &self.dirty {
             let writable = chain.writable.iter();
@@ -365,10 +239,67 @@ impl VirtQueue {
         Ok(Some(chain))
     }
 
+    /// Follows a chain from its first descriptor to its last, and checks each.
+    fn walk(&self, head: u16) -> Result<Chain, QueueError> {
+        let memory = self.memory.as_ref();
+        let mut chain = Chain {
+            head,
+            readable: Segments::default(),
+            writable: Segments::default(),
+        };
+        let mut table = self.rings.table()?;
+        let mut index = head;
+        let mut is_indirect = false;
+        let mut bytes = 0u32;
+        // A chain that goes round in a circle ends by this, too.
+        let mut left = MAX_CHAIN;
+        loop {
+            let descriptor = table.get(index).ok_or(QueueError::Malformed { head })?;
+            let (addr, len) = (descriptor.addr, descriptor.len);
+            if descriptor.is_indirect() {
+                // No table in a table (VIRTIO 1.3, 2.7.5.3.1), and none with more than can be counted.
+                if is_indirect || len % 16 != 0 || len / 16 > u32::from(u16::MAX) {
+                    return Err(QueueError::Malformed { head });
+                }
+                table = Table::indirect(memory, addr, len).ok_or(QueueError::OutsideMemory {
+                    head,
+                    addr: addr.0,
+                    len,
+                })?;
+                is_indirect = true;
+                index = 0;
+                continue;
+            }
+            left = left.checked_sub(1).ok_or(QueueError::Malformed { head })?;
+            if len > 0 && !self.rings.is_at_home(addr, len) && !is_in_memory(memory, addr, len) {
+                return Err(QueueError::OutsideMemory {
+                    head,
+                    addr: addr.0,
+                    len,
+                });
+            }
+            bytes = bytes
+                .checked_add(len)
+                .ok_or(QueueError::Malformed { head })?;
+            if descriptor.is_writable() {
+                chain.writable.push(addr, len);
+            } else if chain.writable.is_empty() {
+                chain.readable.push(addr, len);
+            } else {
+                return Err(QueueError::Order { head });
+            }
+            if !descriptor.has_next() {
+                return Ok(chain);
+            }
+            index = descriptor.next;
+        }
+    }
+
     /// Makes the chain popped last available again, as if it had not been popped.
     pub fn undo_pop(&mut self, chain: Chain) {
         self.clear_in_flight(chain.head);
-        self.queue.go_to_previous_position();
+        let previous = self.queue.next_avail().wrapping_sub(1);
+        self.queue.set_next_avail(previous);
     }
 
     /// Puts `chain` in the used ring with `written` bytes of its writable part filled.
@@ -380,27 +311,14 @@ impl VirtQueue {
     /// or all of them, as it must for a frame in several buffers (VIRTIO 1.3, 5.1.6.4.1).
     pub fn complete_together(&mut self, used: &[(u16, u32)]) -> Result<(), QueueError> {
         self.mark_used_ring();
-        let (ring, size) = (self.queue.used_ring(), self.queue.size());
         let mut next = self.queue.next_used();
         for &(head, written) in used {
             self.clear_in_flight(head);
-            // Both are far below the end of the address space: the ring was checked to lie in guest memory.
-            let element = GuestAddress(ring + 4 + 8 * u64::from(next % size));
-            let value = (u64::from(head) | u64::from(written) << 32).to_le_bytes();
-            match self.memory.get_slice(element, value.len()) {
-                Ok(slice) => slice.copy_from(&value),
-                Err(_) => self
-                    .memory
-                    .write_slice(&value, element)
-                    .map_err(memory_error)?,
-            }
+            self.rings.set_used(next, head, written)?;
             next = next.wrapping_add(1);
         }
         self.queue.set_next_used(next);
-        // Release: whoever sees the index sees the elements and the buffers.
-        self.memory
-            .store(next.to_le(), GuestAddress(ring + 2), Ordering::Release)
-            .map_err(memory_error)
+        self.rings.set_used_index(next)
     }
 
     /// Interrupts the driver if it wants to know of what was completed since the last call.
@@ -419,36 +337,34 @@ impl VirtQueue {
     fn wants_interrupt(&self, old: u16, new: u16) -> Result<bool, QueueError> {
         // The driver writes its wish, then looks at the used index: here it must be the other way round.
         fence(Ordering::SeqCst);
-        let event_idx = self.queue.event_idx_enabled();
-        // The field `flags` is at the ring's start, `used_event` behind its last element.
-        let offset = match event_idx {
-            true => 4 + 2 * u64::from(self.queue.size()),
-            false => 0,
-        };
-        let wish: u16 = self
-            .memory
-            .load(
-                GuestAddress(self.queue.avail_ring() + offset),
-                Ordering::Relaxed,
-            )
-            .map_err(memory_error)?;
-        let wish = u16::from_le(wish);
-        Ok(match event_idx {
-            true => new.wrapping_sub(wish).wrapping_sub(1) < new.wrapping_sub(old),
-            false => u32::from(wish) & VRING_AVAIL_F_NO_INTERRUPT == 0,
-        })
+        if self.queue.event_idx_enabled() {
+            let event = self.rings.used_event()?;
+            return Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old));
+        }
+        Ok(u32::from(self.rings.avail_flags()?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
     /// Asks the driver not to kick: the device is looking at the ring anyway.
     pub fn disable_kicks(&mut self) -> Result<(), QueueError> {
+        // With an event index it is enough not to set a new one: the last was passed by the kick.
+        if self.queue.event_idx_enabled() {
+            return Ok(());
+        }
         self.mark_used_ring();
-        Ok(self.queue.disable_notification(self.memory.as_ref())?)
+        self.rings.set_used_flags(VRING_USED_F_NO_NOTIFY as u16)
     }
 
     /// Asks the driver to kick again. True: chains came in meanwhile, look once more.
     pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
         self.mark_used_ring();
-        Ok(self.queue.enable_notification(self.memory.as_ref())?)
+        let next = self.queue.next_avail();
+        match self.queue.event_idx_enabled() {
+            true => self.rings.set_avail_event(next)?,
+            false => self.rings.set_used_flags(0)?,
+        }
+        // The driver makes a chain available, then looks whether to kick: here it must be the other way round.
+        fence(Ordering::SeqCst);
+        Ok(self.rings.avail_index()? != next)
     }
 
     /// Hands each available chain to `each`, at most `budget` of them, with kicks suppressed meanwhile, and signals

@@ -107,9 +107,15 @@ fn check<'m>(
         );
         return Ok(None);
     }
+    let mut body = buffer.slices(memory, 0..buffer.len())?;
     // A copy: the driver cannot change it between this check and the host's use.
     let mut peek = [0; PEEK_LEN];
-    buffer.read_at(memory, 0, &mut peek)?;
+    match body.first() {
+        Some(first) if first.len() >= PEEK_LEN => {
+            first.copy_to(&mut peek);
+        }
+        _ => buffer.read_at(memory, 0, &mut peek)?,
+    }
     let [header @ .., _, _, _, _, _, _, _, _, _, _, _, _] = peek;
     let [.., a, b, c, d, e, f] = peek;
     let len = buffer.len() - HEADER_LEN;
@@ -120,7 +126,14 @@ fn check<'m>(
             return Ok(None);
         }
     };
-    let body = buffer.slices(memory, HEADER_LEN..buffer.len())?;
+    match body.first_mut() {
+        Some(first) if first.len() > VNET_HEADER_LEN => {
+            if let Ok(rest) = first.offset(VNET_HEADER_LEN) {
+                *first = rest;
+            }
+        }
+        _ => body = buffer.slices(memory, HEADER_LEN..buffer.len())?,
+    }
     if body.len() > MAX_SLICES {
         guest_warn!("virtio-net: a frame in {} pieces dropped", body.len());
         return Ok(None);

@@ -1,5 +1,9 @@
+use proptest::prelude::*;
+use virtio_queue::QueueOwnedT;
+use vm_memory::{Address, Bytes};
+
 use super::*;
-use crate::virtio::testing::TestDriver;
+use crate::virtio::testing::{RawDescriptor, TestDriver};
 
 /// Bytes in front of the first element of the available ring.
 const AVAIL_HEADER: u64 = 4;
@@ -113,4 +117,114 @@ fn a_chain_of_more_descriptors_than_any_driver_needs_is_malformed() {
             (other, _) => panic!("{length} descriptors: {other:?}"),
         }
     }
+}
+
+/// Where the generated descriptors of direct and indirect tables point: memory, its ends, its hole, and both tables.
+fn places() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        4 => 0x50_0000u64..0x50_1000,
+        1 => Just((16u64 << 20) - 8),
+        1 => Just(20u64 << 20),
+        1 => Just((32u64 << 20) - 8),
+        1 => Just(u64::MAX - 3),
+    ]
+}
+
+/// A descriptor with any flags; if indirect, mostly one that leads to `table`.
+fn descriptor(table: u64) -> impl Strategy<Value = RawDescriptor> {
+    let len = prop_oneof![6 => 0u32..64, 1 => Just(u32::MAX), 1 => Just(1 << 31)];
+    let flags = prop_oneof![8 => 0u16..4, 1 => 4u16..8];
+    let entries = prop_oneof![4 => 0u32..5, 1 => Just(1u32 << 16)];
+    (places(), len, flags, 0u16..10, entries, any::<bool>()).prop_map(
+        move |(addr, len, flags, next, entries, is_good)| match flags & 4 != 0 && is_good {
+            true => RawDescriptor {
+                addr: table,
+                len: entries * 16,
+                flags,
+                next,
+            },
+            false => RawDescriptor {
+                addr,
+                len,
+                flags,
+                next,
+            },
+        },
+    )
+}
+
+/// What the crate's own iterator makes of the chain, with the checks of [`VirtQueue`]. `None`: it is not good.
+fn as_the_crate_sees_it(queue: &mut Queue, memory: &Memory) -> Option<(Segments, Segments)> {
+    let (mut readable, mut writable) = (Segments::default(), Segments::default());
+    let mut ended = false;
+    for descriptor in queue.iter(memory).unwrap().next().unwrap() {
+        let (addr, len) = (descriptor.addr(), descriptor.len());
+        if len > 0 && !is_in_memory(memory, addr, len) {
+            return None;
+        }
+        match descriptor.is_write_only() {
+            true => writable.push(addr, len),
+            false if writable.is_empty() => readable.push(addr, len),
+            false => return None,
+        }
+        ended = !descriptor.has_next();
+    }
+    ended.then_some((readable, writable))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    /// Whatever the driver writes: the same chains are good, with the same buffers, as by the virtio-queue crate.
+    #[test]
+    fn chains_are_those_that_the_crate_finds(
+        direct in prop::collection::vec(descriptor(0x60_0000), 8),
+        indirect in prop::collection::vec(descriptor(0x60_0000), 4),
+        shift in 0u64..2,
+        head in 0u16..9,
+    ) {
+        let (mut driver, mut queue) = pair(false);
+        for (index, mut descriptor) in direct.into_iter().enumerate() {
+            // A table need not be aligned.
+            if descriptor.addr == 0x60_0000 {
+                descriptor.addr += shift;
+            }
+            driver.queues[0].write_descriptor(index as u16, descriptor);
+        }
+        let mut at = GuestAddress(0x60_0000 + shift);
+        for raw in indirect {
+            let fields = (raw.addr, u64::from(raw.len) | u64::from(raw.flags) << 32 | u64::from(raw.next) << 48);
+            driver.memory.write_obj(fields.0.to_le(), at).unwrap();
+            driver.memory.write_obj(fields.1.to_le(), at.unchecked_add(8)).unwrap();
+            at = at.unchecked_add(16);
+        }
+        driver.queues[0].publish(head);
+        let expected = as_the_crate_sees_it(&mut driver.queues[0].device_side(), &driver.memory);
+        let found = queue.pop().ok().flatten();
+        prop_assert_eq!(found.map(|chain| (chain.readable, chain.writable)), expected);
+    }
+}
+
+#[test]
+fn chains_taken_back_come_again_and_more_than_the_size_is_an_error() {
+    let (mut driver, mut queue) = pair(false);
+    let heads: Vec<u16> = (0..3)
+        .map(|_| {
+            let buffer = driver.writable(16);
+            driver.queues[0].offer(&[buffer])
+        })
+        .collect();
+    for _ in 0..2 {
+        let chains: Vec<Chain> = (0..3).map(|_| queue.pop().unwrap().unwrap()).collect();
+        assert_eq!(chains.iter().map(Chain::head).collect::<Vec<_>>(), heads);
+        assert!(queue.pop().unwrap().is_none());
+        for chain in chains.into_iter().rev() {
+            queue.undo_pop(chain);
+        }
+    }
+    for _ in 0..3 {
+        queue.pop().unwrap().unwrap();
+    }
+    driver.queues[0].set_avail_idx(12);
+    assert!(matches!(queue.pop(), Err(QueueError::Ring(_))));
 }
