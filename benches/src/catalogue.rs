@@ -50,7 +50,7 @@ pub(crate) const fn higher(
     }
 }
 
-const fn curve(
+pub(crate) const fn curve(
     id: &'static str,
     title: &'static str,
     unit: &'static str,
@@ -204,6 +204,12 @@ pub const BENCHMARKS: &[Benchmark] = &[
             ),
         ],
         cases: measure::density::cases,
+    },
+    Benchmark {
+        name: "clone",
+        rounds: 21,
+        figures: measure::clone::FIGURES,
+        cases: measure::clone::cases,
     },
     Benchmark {
         name: "exits",

@@ -20,6 +20,8 @@ pub enum Guest {
     Mark,
     /// Writes [`MARKER`], then halts for ever.
     Idle,
+    /// Writes [`MARKER`] again and again.
+    Beat,
 }
 
 /// mov dx, 0x3f8; mov al, MARKER; out dx, al
@@ -34,6 +36,8 @@ impl Guest {
         match self {
             Guest::Reset => [RESET, HALT].concat(),
             Guest::Mark => [&MARK[..], &RESET, &HALT].concat(),
+            // jmp to the out
+            Guest::Beat => [&MARK[..], &[0xeb, 0xfd]].concat(),
             Guest::Idle => [&MARK[..], &HALT].concat(),
         }
     }

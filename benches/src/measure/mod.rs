@@ -2,6 +2,7 @@
 
 pub mod blk;
 pub mod boot;
+pub mod clone;
 pub mod density;
 pub mod exits;
 pub mod growth;

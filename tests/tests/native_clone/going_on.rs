@@ -2,11 +2,11 @@
 
 use std::os::unix::fs::MetadataExt;
 
-use lepton_tests::counting::{check_counts, let_run, quiet};
+use lepton_tests::counting::{check_counts, check_tail, let_run, quiet};
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::family::{Heir, check_tail, clone, family, parent, request, said};
+use crate::family::{Heir, clone, family, parent, request, said};
 
 pub fn a_copy_goes_on_where_the_machine_was() {
     for (mib, clonable) in [(128, true), (128, false), (4096, true)] {

@@ -95,9 +95,9 @@ pub fn bytes_of_anybody_are_refused() {
     let before = heir.vmm.open_files();
     let mut words: Vec<Vec<u8>> = vec![b"go".to_vec(), vec![0xff; 60_000], vec![1], vec![0; 9]];
     // An offer as it should be but for its length, and one of another version.
-    words.push(vec![1, 0xff, 0xff, 0x03, 0, 0, 0, 0]);
-    words.push(vec![2, 0, 0, 0, 0, 0]);
-    words.push(vec![1, 4, 0, 0, 0, 1]);
+    words.push(vec![1, 0xff, 0xff, 0x03, 0, 0, 0, 0, 1]);
+    words.push(vec![2, 0, 0, 0, 0, 0, 0]);
+    words.push(vec![1, 4, 0, 0, 0, 1, 1]);
     for word in words {
         for files in [&[][..], &[std::os::fd::AsFd::as_fd(&null)]] {
             let link = PacketSocket::connect(&heir.socket).expect("it listens");

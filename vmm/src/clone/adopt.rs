@@ -169,6 +169,8 @@ pub struct Adopted {
     pub ram: Ram,
     /// Whether it is to run at once.
     pub resume: bool,
+    /// Whether there are no other copies.
+    pub alone: bool,
 }
 
 impl Adoption {
@@ -212,15 +214,20 @@ impl Adoption {
             state,
             ram,
             resume: offer.resume,
+            alone: offer.alone,
         })
     }
 
-    /// Says that the machine is here, and waits until it may run. An error means that there is to be no copy.
-    pub fn ready(&self, id: &str) -> io::Result<()> {
+    /// Says that the machine is here, and unless it is `alone` waits until it may run. An error means that there is to be
+    /// no copy.
+    pub fn ready(&self, id: &str, alone: bool) -> io::Result<()> {
         self.answer(&Answer::Ready {
             id: id.to_owned(),
             pid: std::process::id(),
         })?;
+        if alone {
+            return Ok(());
+        }
         // The other side waits for all the other copies before.
         let left = Timespec::try_from(PATIENCE * 2).map_err(io::Error::other)?;
         let mut polled = [PollFd::new(&self.socket, PollFlags::IN)];

@@ -98,23 +98,34 @@ impl Heirs {
         })
     }
 
-    /// What they are to get.
-    pub fn get(self, state: MachineState, memory: Frozen, pause: Duration) -> HandOver {
-        HandOver {
-            heirs: self,
+    /// Offers them the machine. Nothing of this waits for them.
+    pub fn offer(
+        self,
+        state: MachineState,
+        memory: Frozen,
+        pause: Duration,
+    ) -> Result<HandOver, CloneError> {
+        let resumed = Instant::now();
+        let Frozen { base, leftovers } = memory;
+        let machine = Machine {
             state,
-            memory,
+            memory: base.bytes(),
+            extents: base.extents().to_vec(),
+        };
+        offer(&self, &machine, &base)?;
+        Ok(HandOver {
+            heirs: self.heirs,
+            leftovers,
             pause,
-            resumed: Instant::now(),
-        }
+            resumed,
+        })
     }
 }
 
-/// A machine on its way to those who get a copy. The machine itself goes on.
+/// A machine on its way to those who get a copy. The machine itself goes on. Dropped, there are no copies.
 pub struct HandOver {
-    heirs: Heirs,
-    state: MachineState,
-    memory: Frozen,
+    heirs: Vec<Heir>,
+    leftovers: Vec<OldMapping>,
     pause: Duration,
     /// When the pause ended.
     resumed: Instant,
@@ -129,28 +140,20 @@ pub struct Finished {
 }
 
 impl HandOver {
-    /// Gives the machine to all, or to none. Takes a while: not for the event loop.
-    pub fn run(self) -> Finished {
+    /// Waits until all have the machine, and lets them run, or none. Takes a while: not for the event loop.
+    pub fn finish(self) -> Finished {
         let HandOver {
-            heirs: Heirs { heirs, resume },
-            state,
-            memory: Frozen { base, leftovers },
+            heirs,
+            leftovers,
             pause,
             resumed,
         } = self;
-        let machine = Machine {
-            state,
-            memory: base.bytes(),
-            extents: base.extents().to_vec(),
-        };
         // The heirs' sockets are closed on an error: who has the machine already ends.
-        let result = offer(&heirs, &machine, &base, resume)
-            .and_then(|()| collect(&heirs, resumed))
-            .map(|children| Cloned {
-                pause_us: microseconds(pause),
-                children,
-            });
-        if result.is_ok() {
+        let result = collect(&heirs, resumed).map(|children| Cloned {
+            pause_us: microseconds(pause),
+            children,
+        });
+        if result.is_ok() && heirs.len() > 1 {
             for heir in &heirs {
                 // One that has ended since it was ready has ended as a machine may end.
                 if let Err(error) = heir.socket.send(GO, &[]) {
@@ -166,24 +169,21 @@ fn microseconds(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-fn offer(
-    heirs: &[Heir],
-    machine: &Machine,
-    memory: &base::Base,
-    resume: bool,
-) -> Result<(), CloneError> {
+fn offer(heirs: &Heirs, machine: &Machine, memory: &base::Base) -> Result<(), CloneError> {
     let bytes = codec::encode(machine)?;
     let file = base::new_file(bytes.len() as u64)?;
     std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 0)?;
     base::seal(&file)?;
     let mut files = vec![file.as_fd()];
     files.extend(memory.files().iter().map(|file| file.as_fd()));
+    let Heirs { heirs, resume } = heirs;
     for heir in heirs {
         let offer = Offer {
             version: VERSION,
             machine: bytes.len() as u64,
             changes: heir.changes.clone(),
-            resume,
+            resume: *resume,
+            alone: heirs.len() == 1,
         };
         let sent = heir.socket.send(&codec::encode(&offer)?, &files);
         sent.map_err(|source| heir.failed(source))?;

@@ -29,6 +29,8 @@ pub struct Offer {
     pub changes: Changes,
     /// Whether it is to run at once.
     pub resume: bool,
+    /// Whether there are no other copies to wait for: then there is no last word either.
+    pub alone: bool,
 }
 
 /// What is different in a copy.

@@ -10,6 +10,8 @@
 //!  else: close            ------------------------->  end
 //! ```
 //!
+//! One copy alone need not wait for the last word.
+//!
 //! One message each, over a socket of type SOCK_SEQPACKET. With the offer go descriptors: of the state, encoded as in a
 //! snapshot, and of the files that memory is in (see [`crate::memory::base`]). A VMM in a jail can neither fork nor start
 //! programs, so it is others who start the processes; in return each is in a jail of its own, and may have its own user.

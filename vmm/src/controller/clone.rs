@@ -31,6 +31,15 @@ fn reply(finished: &Finished) -> Result<Reply, Fault> {
     }
 }
 
+/// A machine that was offered, and is here.
+struct Restored {
+    paused: Paused,
+    /// Whether it is to run at once.
+    resume: bool,
+    /// Whether there are no other copies.
+    alone: bool,
+}
+
 impl Controller {
     /// PUT /clone. The copies get the machine from a thread of its own, which also answers: they may take their time, and
     /// this machine has its own life.
@@ -55,7 +64,7 @@ impl Controller {
             .name("clone".into())
             .stack_size(256 << 10)
             .spawn(move || {
-                let finished = hand_over.run();
+                let finished = hand_over.finish();
                 let reply = reply(&finished);
                 if let Err(fault) = &reply {
                     log::warn!("request refused: {}", fault.message);
@@ -72,7 +81,7 @@ impl Controller {
     /// The same, and waits for it.
     pub(super) fn clone_and_wait(&mut self, request: &CloneMachine) -> Result<Reply, Fault> {
         let hand_over = self.begin_clone(request).map_err(fault)?;
-        reply(&hand_over.run())
+        reply(&hand_over.finish())
     }
 
     /// What can be refused is refused first, then the machine stands still for as long as must be.
@@ -87,7 +96,10 @@ impl Controller {
             }
         }
         let heirs = Heirs::connect(request)?;
-        let saveable = Hypervisor::open()?.saveable()?;
+        let saveable = match self.saveable.take() {
+            Some(known) => known,
+            None => Hypervisor::open()?.saveable()?,
+        };
         let config = SavedConfig::from(&self.configuration);
         let started = Instant::now();
         let phase = std::mem::replace(&mut self.phase, Phase::Configuring);
@@ -108,13 +120,14 @@ impl Controller {
             Phase::Configuring => (Phase::Configuring, Err(CloneError::Count(0))),
         };
         self.phase = phase;
+        self.saveable = Some(saveable);
         let pause = started.elapsed();
         let (state, memory) = taken?;
         log::info!(
             "machine cloned for {} processes; it stood still for {pause:?}",
             request.children.len()
         );
-        Ok(heirs.get(state, memory, pause))
+        heirs.offer(state, memory, pause)
     }
 
     /// Takes the machine that is offered, or refuses it.
@@ -123,7 +136,11 @@ impl Controller {
             Stage::Fresh => self.restore_offer(&mut adoption, events),
             _ => Err(AdoptError::Taken),
         };
-        let (paused, resume) = match taken {
+        let Restored {
+            paused,
+            resume,
+            alone,
+        } = match taken {
             Ok(taken) => taken,
             Err(error) => {
                 log::warn!("a machine that was offered is refused: {error}");
@@ -131,7 +148,7 @@ impl Controller {
                 return Next::Continue;
             }
         };
-        if let Err(error) = adoption.ready(&self.options.id) {
+        if let Err(error) = adoption.ready(&self.options.id, alone) {
             log::error!("there is to be no copy of the machine: {error}");
             self.phase = Phase::Paused(paused);
             return Next::Exit(ExitCode::Failure);
@@ -148,7 +165,7 @@ impl Controller {
         &mut self,
         adoption: &mut Adoption,
         events: &mut Loop,
-    ) -> Result<(Paused, bool), AdoptError> {
+    ) -> Result<Restored, AdoptError> {
         let mut adopted = adoption.take()?;
         adopted.configuration.serial = self.configuration.serial.clone();
         let (console, room) = console_of(&adopted.configuration.serial)?;
@@ -166,7 +183,11 @@ impl Controller {
         };
         let built = restore::restore(&hypervisor, restoration, self.surroundings())?;
         self.configuration = adopted.configuration;
-        Ok((self.adopt(built, room, events), adopted.resume))
+        Ok(Restored {
+            paused: self.adopt(built, room, events),
+            resume: adopted.resume,
+            alone: adopted.alone,
+        })
     }
 
     /// Makes KVM ready for a machine that will be offered.

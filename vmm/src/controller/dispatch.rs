@@ -26,6 +26,7 @@ use crate::machine::build::{self, Blueprint, BuildError, Built, Console, Surroun
 use crate::memory::small_pages::SmallPages;
 use crate::metrics::{Counted, Groups, Metrics, OPEN_METRICS};
 use crate::vcpu::Stop;
+use crate::vcpu::state::Saveable;
 
 /// The version of Firecracker's API that is spoken; clients ask for it by GET /version.
 const API_VERSION: &str = "1.17.0";
@@ -61,6 +62,8 @@ pub struct Controller {
     pub(super) configuration: Configuration,
     /// Made ready ahead of the start, which takes it.
     pub(super) hypervisor: Option<Hypervisor>,
+    /// What KVM can save of a vCPU here, once it was asked.
+    pub(super) saveable: Option<Saveable>,
     metrics: Metrics,
     terminal: Option<RawTerminal>,
 }
@@ -78,6 +81,7 @@ impl Controller {
             phase: Phase::Configuring,
             configuration: Configuration::new()?,
             hypervisor: None,
+            saveable: None,
             metrics: Metrics::default(),
             terminal: None,
         })

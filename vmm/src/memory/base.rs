@@ -324,6 +324,17 @@ impl Base {
     }
 }
 
+/// Puts a file that is all of memory under `memory`: what is written there goes to the file.
+///
+/// Nobody may use the memory meanwhile.
+pub fn share(memory: &Memory, file: &File) -> io::Result<()> {
+    for part in Places::new(memory).all() {
+        // SAFETY: the place is a mapping of guest memory, to which there are no references.
+        unsafe { map_over(part.host, part.bytes, file, part.at, Sharing::Shared) }?;
+    }
+    Ok(())
+}
+
 /// Where the parts of memory are in this process.
 pub struct Places(Vec<Part>);
 

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
+use lepton_devices::Memory;
 use lepton_devices::dirty::PAGE;
 
 use super::base::{self, Base, MAX_EXTENTS, Part, Places, Sharing, map_over};
@@ -63,11 +64,10 @@ impl Ram {
             }
             Origin::Shared(file) => {
                 let file = file.try_clone()?;
-                let places = Places::new(&self.memory);
-                let leftovers = replace(&places, &file)?;
+                let leftovers = replace(&self.memory, &file)?;
                 // Now that nobody writes to it any more.
                 if let Err(error) = base::seal(&file) {
-                    share(places.all(), &file)?;
+                    base::share(&self.memory, &file)?;
                     return Err(error.into());
                 }
                 self.origin = Origin::Base(Base::whole(file, bytes));
@@ -160,45 +160,55 @@ unsafe fn write(file: &File, part: Part) -> io::Result<()> {
 }
 
 /// Moves the pages of all mappings of memory away and maps `file` in their place, privately.
-fn replace(places: &Places, file: &File) -> io::Result<Vec<OldMapping>> {
+fn replace(memory: &Memory, file: &File) -> io::Result<Vec<OldMapping>> {
     let mut leftovers = Vec::new();
-    for (done, part) in places.all().iter().enumerate() {
+    for part in Places::new(memory).all() {
         // Without it the next step is slow: it lets go of all pages. A host before Linux 5.13 refuses.
         leftovers.extend(move_pages(*part).ok());
         // SAFETY: the addresses are those of guest memory, to which there are no references.
         let mapped = unsafe { map_over(part.host, part.bytes, file, part.at, Sharing::Private) };
         if let Err(error) = mapped {
             // Nothing was written meanwhile, so all is as before.
-            share(&places.all()[..done], file)?;
+            base::share(memory, file)?;
             return Err(error);
         }
     }
     Ok(leftovers)
 }
 
-/// Undoes [`replace`].
-fn share(parts: &[Part], file: &File) -> io::Result<()> {
-    for part in parts {
-        // SAFETY: as above.
-        unsafe { map_over(part.host, part.bytes, file, part.at, Sharing::Shared) }?;
-    }
-    Ok(())
-}
-
 /// Moves the pages of a mapping of a file to a second one. The first stays, without pages, so that at no time somebody
 /// else can get its addresses.
 fn move_pages(part: Part) -> io::Result<OldMapping> {
+    /// What one page table covers: one is moved whole only from such a boundary to another.
+    const TABLE: usize = 2 << 20;
     let bytes = usize::try_from(part.bytes).map_err(io::Error::other)?;
-    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
+    let length = bytes.saturating_add(TABLE);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: new addresses, that nobody has yet.
+    let room = unsafe { libc::mmap(std::ptr::null_mut(), length, libc::PROT_NONE, flags, -1, 0) };
+    if room == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let room = OldMapping {
+        address: room as usize,
+        bytes: length,
+    };
+    let to = room.address + part.host.wrapping_sub(room.address) % TABLE;
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
     // SAFETY: the mapping is guest memory, to which there are no references. What it holds is in the file, so that it
-    // holds the same when it gets pages again.
-    let moved = unsafe { libc::mremap(part.host as *mut libc::c_void, bytes, bytes, flags) };
+    // holds the same when it gets pages again. It goes to addresses that were reserved for it above.
+    let moved = unsafe {
+        libc::mremap(
+            part.host as *mut libc::c_void,
+            bytes,
+            bytes,
+            flags,
+            to as *mut libc::c_void,
+        )
+    };
     match moved {
         libc::MAP_FAILED => Err(io::Error::last_os_error()),
-        address => Ok(OldMapping {
-            address: address as usize,
-            bytes,
-        }),
+        _ => Ok(room),
     }
 }
 

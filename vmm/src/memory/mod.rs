@@ -203,8 +203,11 @@ pub fn allocate_shared(
         reason: reason.to_string(),
     };
     let file = base::new_file(size.bytes).map_err(fail)?;
-    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-    let memory = map(size, huge_pages, flags, Some(&file))?;
+    // The host kernel lays large anonymous mappings on 2 MiB boundaries, and those of files not: page tables are moved
+    // whole only from one boundary to another.
+    let memory = allocate(size, huge_pages)?;
+    base::share(&memory, &file).map_err(fail)?;
+    protect(&memory, huge_pages);
     Ok((memory, file))
 }
 

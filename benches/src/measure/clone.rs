@@ -1,0 +1,286 @@
+//! Copies of a running machine. Ours only: no peer has such a request.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use lepton_api::Client;
+use lepton_api::types::Cloned;
+use serde_json::{Value, json};
+
+use super::{Case, Context, Place, Reading, UP, UP_IN_WORDS};
+use crate::catalogue::{FigureKind, curve, lower};
+use crate::guest::Guest;
+use crate::host::available_memory_mib;
+use crate::process::{Failure, Running, VMM_LOG};
+use crate::side::{OURS, Side};
+
+/// All figures.
+pub const FIGURES: &[FigureKind] = &[
+    lower(
+        FIRST,
+        "PUT /clone to the copy's first instruction, 128 MiB, the process waiting",
+        "ms",
+    ),
+    lower(
+        ANSWER,
+        "PUT /clone of one copy to its answer, 128 MiB",
+        "ms",
+    ),
+    lower(
+        PAUSE_128M,
+        "Pause of the machine, 128 MiB all written",
+        "ms",
+    ),
+    lower(PAUSE_1G, "Pause of the machine, 1 GiB all written", "ms"),
+    lower(
+        PAUSE_AGAIN,
+        "Pause of the machine at the tenth clone, 1 GiB, 8 MiB written since the ninth",
+        "ms",
+    ),
+    curve(
+        DEPTH,
+        "PUT /clone to the copy's first instruction, by depth of clones of clones",
+        "ms",
+        "depth",
+    ),
+    lower(HUNDRED, "PUT /clone of 100 copies to its answer", "ms"),
+    lower(
+        MEMORY,
+        "Memory that the host has less for each of 100 copies, process and all",
+        "KiB",
+    ),
+];
+
+const FIRST: &str = "clone.first-instruction";
+const ANSWER: &str = "clone.answer";
+const PAUSE_128M: &str = "clone.pause-128m";
+const PAUSE_1G: &str = "clone.pause-1g";
+const PAUSE_AGAIN: &str = "clone.pause-again";
+const DEPTH: &str = "clone.depth";
+const HUNDRED: &str = "clone.hundred";
+const MEMORY: &str = "clone.memory";
+
+const DEPTHS: [u32; 3] = [1, 10, 50];
+const MANY: u32 = 100;
+
+/// All of it.
+pub fn cases(context: &Context) -> Vec<Case<'_>> {
+    let mut all = Vec::new();
+    for side in context.sides.iter().filter(|side| side.id == OURS) {
+        let mut case = |at, figures, run| {
+            all.push(Case {
+                side,
+                at,
+                figures,
+                run,
+            });
+        };
+        case(
+            None,
+            &[FIRST, ANSWER],
+            Box::new(move || first_instruction(context, side)),
+        );
+        for (mib, figures) in [(128, &[PAUSE_128M]), (1024, &[PAUSE_1G])] {
+            let run = move || pause(context, side, mib, figures[0]);
+            case(None, figures, Box::new(run));
+        }
+        case(
+            None,
+            &[PAUSE_AGAIN],
+            Box::new(move || pause_again(context, side)),
+        );
+        for depth in DEPTHS {
+            let run = move || deep(context, side, depth);
+            case(Some(f64::from(depth)), &[DEPTH], Box::new(run));
+        }
+        case(
+            None,
+            &[HUNDRED, MEMORY],
+            Box::new(move || many(context, side)),
+        );
+    }
+    all
+}
+
+/// A VMM with its API.
+struct Vmm {
+    running: Running,
+    client: Client,
+    /// Where it waits for a machine.
+    adopt: PathBuf,
+    place: Place,
+}
+
+impl Vmm {
+    fn new(context: &Context, side: &Side, guest: Guest) -> Result<Self, Failure> {
+        let place = Place::new(guest, context.patience)?;
+        let socket = place.folder().join("api.sock");
+        let adopt = place.folder().join("adopt.sock");
+        let mut command = Command::new(&side.program);
+        command
+            .args(["--level", "Error", "--log-path", VMM_LOG, "--api-sock"])
+            .arg(&socket)
+            .arg("--adopt")
+            .arg(&adopt);
+        let running = Running::spawn(&mut command, place.folder(), context.patience)?;
+        let (stream, _) = running.connect(&socket)?;
+        stream.set_read_timeout(Some(context.patience))?;
+        let mut client = Client::from_stream(stream);
+        // Once it has answered, all of it is there.
+        let answer = client.request("GET", "/", "");
+        checked("GET /", answer)?;
+        Ok(Self {
+            running,
+            client,
+            adopt,
+            place,
+        })
+    }
+
+    fn put(&mut self, path: &str, body: &Value) -> Result<String, Failure> {
+        checked(path, self.client.request("PUT", path, &body.to_string()))
+    }
+
+    fn pause(&mut self) -> Result<(), Failure> {
+        let body = json!({ "state": "Paused" }).to_string();
+        checked("/vm", self.client.request("PATCH", "/vm", &body)).map(drop)
+    }
+
+    /// Boots a machine that can be cloned.
+    fn boot(&mut self, boot: &Value, mib: u64) -> Result<(), Failure> {
+        self.put("/boot-source", boot)?;
+        let machine = json!({ "vcpu_count": 1, "mem_size_mib": mib, "clonable": true });
+        self.put("/machine-config", &machine)?;
+        let start = json!({ "action_type": "InstanceStart" });
+        self.put("/actions", &start).map(drop)
+    }
+
+    fn clone_into(&mut self, children: &[Vmm]) -> Result<Cloned, Failure> {
+        let children: Vec<Value> = children
+            .iter()
+            .map(|child| json!({ "adopt_socket": child.adopt }))
+            .collect();
+        let answer = self.put("/clone", &json!({ "children": children }))?;
+        serde_json::from_str(&answer).map_err(|error| Failure::because(format!("/clone: {error}")))
+    }
+
+    /// Clones the machine into `child`, and returns when that ran, and when the answer was there, from the request on.
+    fn clone_one(&mut self, child: &mut Vmm) -> Result<(Duration, Duration), Failure> {
+        let asked = Instant::now();
+        self.clone_into(std::slice::from_ref(child))?;
+        let answered = asked.elapsed();
+        let ran = child.running.says(UP, UP_IN_WORDS)?;
+        Ok((ran - asked, answered))
+    }
+}
+
+fn checked(
+    what: &str,
+    reply: Result<(u16, String), lepton_api::client::ClientError>,
+) -> Result<String, Failure> {
+    match reply {
+        Ok((200..300, body)) => Ok(body),
+        Ok((status, body)) => Err(Failure::because(format!("{what}: {status} {body}"))),
+        Err(error) => Err(Failure::because(format!("{what}: {error}"))),
+    }
+}
+
+/// A machine whose guest writes to its console for ever, where nobody reads it.
+fn beating(context: &Context, side: &Side) -> Result<Vmm, Failure> {
+    let mut vmm = Vmm::new(context, side, Guest::Beat)?;
+    vmm.put("/serial", &json!({ "serial_out_path": "/dev/null" }))?;
+    let kernel = vmm.place.machine().kernel;
+    vmm.boot(&json!({ "kernel_image_path": kernel }), 128)?;
+    Ok(vmm)
+}
+
+fn heir(context: &Context, side: &Side) -> Result<Vmm, Failure> {
+    Vmm::new(context, side, Guest::Idle)
+}
+
+fn first_instruction(context: &Context, side: &Side) -> Result<Vec<Reading>, Failure> {
+    let mut child = heir(context, side)?;
+    let mut parent = beating(context, side)?;
+    let (ran, answered) = parent.clone_one(&mut child)?;
+    Ok(vec![
+        Reading::milliseconds(FIRST, ran),
+        Reading::milliseconds(ANSWER, answered),
+    ])
+}
+
+/// A machine that has written all its memory, and writes the first `kib` of it for ever.
+fn written(context: &Context, side: &Side, mib: u64, kib: u64) -> Result<Vmm, Failure> {
+    let probe = context.probe.as_ref();
+    let probe = probe.ok_or_else(|| Failure::NotOffered("there is no probe guest".into()))?;
+    let mut vmm = Vmm::new(context, side, Guest::Idle)?;
+    // Not quite all: the guest needs some for itself.
+    let arguments = format!(
+        "probe.mode=churn probe.mib={} probe.kib={kib}",
+        mib - mib / 16
+    );
+    vmm.boot(
+        &json!({ "kernel_image_path": probe, "boot_args": arguments }),
+        mib,
+    )?;
+    vmm.running
+        .says(b"PROBE {\"mode\":\"churn\"", "memory being written")?;
+    Ok(vmm)
+}
+
+fn pause(
+    context: &Context,
+    side: &Side,
+    mib: u64,
+    figure: &'static str,
+) -> Result<Vec<Reading>, Failure> {
+    let child = heir(context, side)?;
+    let cloned = written(context, side, mib, 0)?.clone_into(&[child])?;
+    let pause = Duration::from_micros(cloned.pause_us);
+    Ok(vec![Reading::milliseconds(figure, pause)])
+}
+
+fn pause_again(context: &Context, side: &Side) -> Result<Vec<Reading>, Failure> {
+    let mut parent = written(context, side, 1024, 8 << 10)?;
+    let mut pause = Duration::ZERO;
+    for _ in 0..10 {
+        let child = heir(context, side)?;
+        let cloned = parent.clone_into(&[child])?;
+        pause = Duration::from_micros(cloned.pause_us);
+    }
+    Ok(vec![Reading::milliseconds(PAUSE_AGAIN, pause)])
+}
+
+fn deep(context: &Context, side: &Side, depth: u32) -> Result<Vec<Reading>, Failure> {
+    let mut parent = beating(context, side)?;
+    let mut ran = Duration::ZERO;
+    for _ in 0..depth {
+        let mut child = heir(context, side)?;
+        (ran, _) = parent.clone_one(&mut child)?;
+        // Its place on the processors is the next one's.
+        parent.pause()?;
+        parent = child;
+    }
+    Ok(vec![Reading::milliseconds(DEPTH, ran)])
+}
+
+fn many(context: &Context, side: &Side) -> Result<Vec<Reading>, Failure> {
+    let mut parent = written(context, side, 128, 0)?;
+    let before = available_memory_mib();
+    let children: Result<Vec<Vmm>, Failure> = (0..MANY).map(|_| heir(context, side)).collect();
+    let children = children?;
+    let asked = Instant::now();
+    let cloned = parent.clone_into(&children)?;
+    let took = asked.elapsed();
+    let less = before.saturating_sub(available_memory_mib()) as f64 * 1024.0;
+    if cloned.children.len() != children.len() {
+        return Err(Failure::because("copies are missing from the answer"));
+    }
+    Ok(vec![
+        Reading::milliseconds(HUNDRED, took),
+        Reading {
+            figure: MEMORY,
+            value: less / f64::from(MANY),
+        },
+    ])
+}
