@@ -1,6 +1,7 @@
 //! The jail: what the VMM in it is, has and leaves, and what the jailer refuses.
 
 mod attack;
+mod family;
 mod kill;
 mod refused;
 mod root;
@@ -12,6 +13,7 @@ use lepton_tests::suite::{self, Need, Order};
 use lepton_tests::test;
 
 use attack::*;
+use family::*;
 use kill::*;
 use refused::*;
 use root::*;
@@ -47,6 +49,9 @@ fn main() -> ExitCode {
             test!(a_given_network)
                 .needs(Need::Root)
                 .needs(Need::Program("ip")),
+            test!(a_jailed_machine_has_jailed_copies)
+                .needs(Need::Root)
+                .needs(Need::Kvm),
             test!(without_root_a_guest_boots)
                 .needs(Need::Root)
                 .needs(Need::Kvm),
