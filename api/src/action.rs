@@ -24,6 +24,8 @@ pub enum Action {
     PutCpuConfig(CpuConfig),
     PutDrive(Drive),
     PatchDrive(DrivePatch),
+    /// The drive of this name.
+    ResetDrive(String),
     PutLogger(Logger),
     PutMachineConfig(MachineConfig),
     PatchMachineConfig(MachineConfigPatch),

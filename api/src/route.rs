@@ -36,7 +36,7 @@ impl Method {
 pub struct Route {
     /// Method of the request.
     pub method: Method,
-    /// Path of the request; a last part in braces stands for any id.
+    /// Path of the request; a part in braces stands for any id.
     pub pattern: &'static str,
     /// Name of the body's schema in `openapi.yaml`, where there is a body.
     pub schema: Option<&'static str>,
@@ -48,6 +48,8 @@ enum Parse {
     Bare(fn() -> Action),
     /// A body.
     Body(fn(&[u8]) -> Result<Action, Fault>),
+    /// No body: the id of the path says it all.
+    Id(fn(&str) -> Action),
     /// A body that repeats the id of the path.
     BodyWithId(fn(&str, &[u8]) -> Result<Action, Fault>),
 }
@@ -79,10 +81,19 @@ const fn patch(pattern: &'static str, schema: &'static str, parse: Parse) -> Rou
     }
 }
 
+const fn put_id(pattern: &'static str, action: fn(&str) -> Action) -> Route {
+    Route {
+        method: Method::Put,
+        pattern,
+        schema: None,
+        parse: Parse::Id(action),
+    }
+}
+
 use Parse::{Body, BodyWithId};
 
 /// Every request that is served.
-pub static ROUTES: [Route; 22] = [
+pub static ROUTES: [Route; 23] = [
     get("/", || Action::GetInstanceInfo),
     get("/version", || Action::GetVersion),
     get("/machine-config", || Action::GetMachineConfig),
@@ -110,6 +121,9 @@ pub static ROUTES: [Route; 22] = [
         "PartialDrive",
         BodyWithId(patch_drive),
     ),
+    put_id("/drives/{drive_id}/reset", |id| {
+        Action::ResetDrive(id.to_owned())
+    }),
     put(
         "/logger",
         "Logger",
@@ -204,7 +218,8 @@ pub fn route(method: &str, target: &str, body: &[u8]) -> Result<Action, Fault> {
         .ok_or_else(|| not_offered(path).unwrap_or_else(unknown))?;
     match (&route.parse, body.is_empty()) {
         (Parse::Bare(action), true) => Ok(action()),
-        (Parse::Bare(_), false) => Err(Fault::bad_request(format!(
+        (Parse::Id(action), true) => Ok(action(checked_id(id)?)),
+        (Parse::Bare(_) | Parse::Id(_), false) => Err(Fault::bad_request(format!(
             "{method} request cannot have a body."
         ))),
         (Parse::Body(_) | Parse::BodyWithId(_), true) => {
@@ -235,10 +250,13 @@ fn absolute_path(target: &str) -> Option<&str> {
 fn capture<'p>(pattern: &str, path: &'p str) -> Option<&'p str> {
     match pattern.split_once("/{") {
         None => (path == pattern).then_some(""),
-        Some((collection, _)) => match path.strip_prefix(collection)? {
-            "" => Some(""),
-            rest => rest.strip_prefix('/').filter(|id| !id.contains('/')),
-        },
+        Some((collection, last)) => {
+            let (_, suffix) = last.split_once('}')?;
+            match path.strip_prefix(collection)?.strip_suffix(suffix)? {
+                "" => Some(""),
+                rest => rest.strip_prefix('/').filter(|id| !id.contains('/')),
+            }
+        }
     }
 }
 

@@ -234,7 +234,8 @@ fn request_types() -> Vec<Checked> {
     let backend = json!({"backend_path": "/m", "backend_type": "Uffd", "verify": false});
     let tap = json!({"iface_id": "a", "host_dev_name": "tap0"});
     let socket = json!({"uds_path": "/v"});
-    let image = json!({"drive_id": "a", "path_on_host": "/d"});
+    let overlay = json!({"path": "/o", "layers": ["/l"]});
+    let image = json!({"drive_id": "a", "path_on_host": "/d", "overlay": overlay});
     let child = json!({
         "adopt_socket": "/a", "network_overrides": [tap], "vsock_override": socket, "drive_overrides": [image],
     });
@@ -257,7 +258,7 @@ fn request_types() -> Vec<Checked> {
             json!({
                 "drive_id": "a", "partuuid": "1-2", "is_root_device": true, "cache_type": "Writeback",
                 "is_read_only": true, "path_on_host": "/d", "rate_limiter": limiter, "io_engine": "Async",
-                "socket": "/s",
+                "socket": "/s", "overlay": overlay,
             }),
         ),
         checked::<DrivePatch>(
@@ -318,6 +319,7 @@ fn request_types() -> Vec<Checked> {
         checked::<MemoryBackend>("MemoryBackend", backend.clone()),
         checked::<NetworkOverride>("NetworkOverride", tap.clone()),
         checked::<VsockOverride>("VsockOverride", socket.clone()),
+        checked::<DriveOverlay>("DriveOverlay", overlay.clone()),
         checked::<DriveOverride>("DriveOverride", image.clone()),
         checked::<InstanceAction>(
             "InstanceActionInfo",
@@ -493,6 +495,7 @@ fn written(action: &Action) -> Value {
         Action::PutCpuConfig(body) => json!(body),
         Action::PutDrive(body) => json!(body),
         Action::PatchDrive(body) => json!(body),
+        Action::ResetDrive(_) => Value::Null,
         Action::PutLogger(body) => json!(body),
         Action::PutMachineConfig(body) => json!(body),
         Action::PatchMachineConfig(body) => json!(body),

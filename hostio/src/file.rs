@@ -133,11 +133,17 @@ pub fn open_disk(path: &Path, read_only: bool) -> Result<Disk, DiskOpenError> {
     let metadata = file.metadata().map_err(open_error)?;
     check_type(path, &metadata)?;
     clear_nonblock(&file).map_err(open_error)?;
+    disk_of(file, path, read_only)
+}
 
+/// The disk image that is open as `file`, which the caller got by other means than its path. `path` is for messages.
+pub fn disk_of(file: File, path: &Path, read_only: bool) -> Result<Disk, DiskOpenError> {
     let size_error = |source| DiskOpenError::Size {
         path: path.to_owned(),
         source,
     };
+    let metadata = file.metadata().map_err(size_error)?;
+    check_type(path, &metadata)?;
     let is_device = metadata.file_type().is_block_device();
     let (bytes, block_size) = if is_device {
         device_size(&file).map_err(size_error)?

@@ -1,4 +1,4 @@
-//! Asynchronous I/O between one file and guest memory over io_uring.
+//! Asynchronous I/O between some files and guest memory over io_uring.
 //!
 //! Every operation in flight sits in a slot that owns what the kernel may still touch: the iovecs, and a share of the
 //! guest memory they point into. A slot is emptied only when its completion has been taken from the ring, and the
@@ -19,8 +19,18 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::file::{Allocation, file_offset, iovec};
 
-/// The ring's file is the only one registered.
-const FILE: Fixed = Fixed(0);
+/// Which of a ring's files an operation is for. The first is number 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileNumber(pub u8);
+
+impl FileNumber {
+    /// The first file: the only one of most rings.
+    pub const FIRST: FileNumber = FileNumber(0);
+
+    fn fixed(self) -> Fixed {
+        Fixed(u32::from(self.0))
+    }
+}
 
 /// Why an operation could not be queued. Nothing was started.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +67,7 @@ enum Kind {
 /// An operation that is queued or in flight.
 struct Operation {
     kind: Kind,
+    file: FileNumber,
     token: u64,
     /// Where in the file the part that is not done yet starts.
     offset: u64,
@@ -79,7 +90,7 @@ struct Slot {
 // does not matter what thread does so.
 unsafe impl Send for Slot {}
 
-/// An io_uring for one file, with a bounded number of operations in flight.
+/// An io_uring for one file or for several, with a bounded number of operations in flight.
 ///
 /// Operations are queued by [`FileRing::read`] and its like, started together by [`FileRing::submit`], and their ends
 /// taken by [`FileRing::reap`]. They end in any order.
@@ -94,9 +105,18 @@ impl FileRing {
     /// A ring for `file` with at most `depth` operations in flight, a power of two up to 4096. The error is the
     /// host's: ENOSYS or EPERM mean that io_uring is not available.
     pub fn new(file: &File, depth: u16) -> io::Result<Self> {
+        Self::with_places(&[file], 1, depth)
+    }
+
+    /// As [`FileRing::new`], for `files` in the order of their numbers, with room for `places` of them: more can come
+    /// by [`FileRing::set_files`].
+    pub fn with_places(files: &[&File], places: u8, depth: u16) -> io::Result<Self> {
+        const NONE: RawFd = -1;
         let mut ring = IoUring::builder().dontfork().build(u32::from(depth))?;
         let event = EventFd::new(EFD_NONBLOCK)?;
-        ring.submitter().register_files(&[file.as_raw_fd()])?;
+        let mut fds: Vec<RawFd> = files.iter().map(|file| file.as_raw_fd()).collect();
+        fds.resize(usize::from(places).max(fds.len()), NONE);
+        ring.submitter().register_files(&fds)?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
         ring.completion().disable_eventfd();
         Ok(FileRing {
@@ -123,18 +143,23 @@ impl FileRing {
         self.free.is_empty()
     }
 
-    /// Queues a read from `offset` of the file into `segments` of `memory`.
+    /// How many operations can be queued now.
+    pub fn room(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Queues a read from `offset` of a file into `segments` of `memory`.
     pub fn read(
         &mut self,
         token: u64,
-        offset: u64,
+        (file, offset): (FileNumber, u64),
         memory: &Arc<GuestMemoryMmap>,
         segments: impl IntoIterator<Item = (GuestAddress, usize)>,
     ) -> Result<(), PushError> {
-        self.push_transfer(Kind::Read, token, offset, memory, segments)
+        self.push_transfer(Kind::Read, token, (file, offset), memory, segments)
     }
 
-    /// Queues a write of `segments` of `memory` to `offset` of the file. `durable`: it ends only when the bytes are
+    /// Queues a write of `segments` of `memory` to `offset` of the first file. `durable`: it ends only when the bytes are
     /// on stable storage.
     pub fn write(
         &mut self,
@@ -144,15 +169,16 @@ impl FileRing {
         segments: impl IntoIterator<Item = (GuestAddress, usize)>,
         durable: bool,
     ) -> Result<(), PushError> {
-        self.push_transfer(Kind::Write { durable }, token, offset, memory, segments)
+        let kind = Kind::Write { durable };
+        self.push_transfer(kind, token, (FileNumber::FIRST, offset), memory, segments)
     }
 
-    /// Queues a sync of the file's data. It covers what ended before, not what is in flight.
+    /// Queues a sync of the first file's data. It covers what ended before, not what is in flight.
     pub fn sync(&mut self, token: u64) -> Result<(), PushError> {
         self.push_plain(Kind::Sync, token, 0)
     }
 
-    /// Queues [`crate::file::deallocate`] or [`crate::file::zero_range`].
+    /// Queues [`crate::file::deallocate`] or [`crate::file::zero_range`] on the first file.
     pub fn allocate(
         &mut self,
         token: u64,
@@ -210,15 +236,16 @@ impl FileRing {
         retry_interrupted(|| self.ring.submit_and_wait(1)).map(drop)
     }
 
-    /// Replaces the file. Call it only with nothing in flight.
-    pub fn set_file(&mut self, file: &File) -> io::Result<()> {
+    /// Replaces the files from the first on; the ring has room for as many as it was made for. Call it only with
+    /// nothing in flight.
+    pub fn set_files(&mut self, files: &[&File]) -> io::Result<()> {
         if self.in_flight() > 0 {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
-        let fds = [file.as_raw_fd()];
+        let fds: Vec<RawFd> = files.iter().map(|file| file.as_raw_fd()).collect();
         self.ring
             .submitter()
-            .register_files_update(FILE.0, &fds)
+            .register_files_update(0, &fds)
             .map(drop)
     }
 
@@ -226,7 +253,7 @@ impl FileRing {
         &mut self,
         kind: Kind,
         token: u64,
-        offset: u64,
+        (file, offset): (FileNumber, u64),
         memory: &Arc<GuestMemoryMmap>,
         segments: impl IntoIterator<Item = (GuestAddress, usize)>,
     ) -> Result<(), PushError> {
@@ -241,6 +268,7 @@ impl FileRing {
         }
         slot.operation = Some(Operation {
             kind,
+            file,
             token,
             offset,
             done: 0,
@@ -253,6 +281,7 @@ impl FileRing {
         let index = *self.free.last().ok_or(PushError::Full)?;
         slot(&mut self.slots, index)?.operation = Some(Operation {
             kind,
+            file: FileNumber::FIRST,
             token,
             offset,
             done: 0,
@@ -341,29 +370,29 @@ impl Slot {
     /// The submission entry for what is left to do.
     fn entry(&self) -> Option<squeue::Entry> {
         let operation = self.operation.as_ref()?;
-        let offset = operation.offset;
+        let (file, offset) = (operation.file.fixed(), operation.offset);
         let left = self.iovecs.get(self.first..)?;
         // More buffers than one call takes are done in parts.
         let count = left.len().min(libc::UIO_MAXIOV as usize) as u32;
         let entry = match (operation.kind, left) {
-            (Kind::Read, [one]) => opcode::Read::new(FILE, one.iov_base.cast(), length(one))
+            (Kind::Read, [one]) => opcode::Read::new(file, one.iov_base.cast(), length(one))
                 .offset(offset)
                 .build(),
-            (Kind::Read, many) => opcode::Readv::new(FILE, many.as_ptr(), count)
+            (Kind::Read, many) => opcode::Readv::new(file, many.as_ptr(), count)
                 .offset(offset)
                 .build(),
             (Kind::Write { durable }, [one]) => {
-                opcode::Write::new(FILE, one.iov_base.cast(), length(one))
+                opcode::Write::new(file, one.iov_base.cast(), length(one))
                     .offset(offset)
                     .rw_flags(write_flags(durable))
                     .build()
             }
-            (Kind::Write { durable }, many) => opcode::Writev::new(FILE, many.as_ptr(), count)
+            (Kind::Write { durable }, many) => opcode::Writev::new(file, many.as_ptr(), count)
                 .offset(offset)
                 .rw_flags(write_flags(durable))
                 .build(),
-            (Kind::Sync, _) => opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build(),
-            (Kind::Allocate { what, len }, _) => opcode::Fallocate::new(FILE, len)
+            (Kind::Sync, _) => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
+            (Kind::Allocate { what, len }, _) => opcode::Fallocate::new(file, len)
                 .offset(offset)
                 .mode(what.mode())
                 .build(),

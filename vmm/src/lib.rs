@@ -17,6 +17,7 @@ pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
+pub mod overlay;
 pub mod process;
 pub mod seccomp;
 pub mod signal;

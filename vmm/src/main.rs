@@ -20,6 +20,7 @@ use lepton_vmm::events::{self, Loop};
 use lepton_vmm::exit::ExitCode;
 use lepton_vmm::kvm;
 use lepton_vmm::machine::boot_timer::time_on;
+use lepton_vmm::overlay::{self, OverlayFailure};
 use lepton_vmm::process;
 use lepton_vmm::seccomp::{Filters, Thread};
 use lepton_vmm::signal::{self, OrderlyEnds};
@@ -49,6 +50,12 @@ fn failure<E: std::fmt::Display>(code: ExitCode, what: &str) -> impl FnOnce(E) -
 extern "C" fn main() {
     process::start();
     signal::end_on_panic();
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|word| word == overlay::WORD)
+    {
+        std::process::exit(on_overlay() as i32);
+    }
     let code = match Cli::try_parse() {
         Ok(cli) => match run(cli) {
             Ok(code) => code,
@@ -68,6 +75,27 @@ extern "C" fn main() {
     };
     // Threads that still serve clients end here with the process.
     std::process::exit(code as i32);
+}
+
+/// `lepton-vmm overlay ...`: no machine, and nothing of a guest's.
+fn on_overlay() -> ExitCode {
+    match overlay::run(std::env::args_os().skip(1)) {
+        Ok(text) => {
+            print!("{text}");
+            ExitCode::Success
+        }
+        Err(OverlayFailure::Arguments(error)) => {
+            drop(error.print());
+            match error.use_stderr() {
+                true => ExitCode::BadArguments,
+                false => ExitCode::Success,
+            }
+        }
+        Err(OverlayFailure::Overlay(error)) => {
+            eprintln!("lepton-vmm: {error}");
+            ExitCode::Failure
+        }
+    }
 }
 
 fn run(cli: Cli) -> Result<ExitCode, Failure> {

@@ -198,6 +198,7 @@ impl From<&Action> for Counted {
             Action::GetMachineConfig => Counted::GetMachine,
             Action::GetVmConfig
             | Action::GetMetrics
+            | Action::ResetDrive(_)
             | Action::PatchVm(_)
             | Action::CreateSnapshot(_)
             | Action::LoadSnapshot(_)

@@ -53,6 +53,29 @@ fn actions() {
 }
 
 #[test]
+fn a_drive_is_reset_by_its_path() {
+    let reset = |id: &str| Ok(Action::ResetDrive(id.to_owned()));
+    assert_eq!(route("PUT", "/drives/a_1/reset", b""), reset("a_1"));
+    assert_eq!(route("PUT", "/drives/reset/reset/", b""), reset("reset"));
+    assert_eq!(
+        fault("PUT", "/drives/a/reset", "{}"),
+        "PUT request cannot have a body."
+    );
+    assert_eq!(
+        fault("PUT", "/drives//reset", ""),
+        "The ID cannot be empty."
+    );
+    assert!(fault("PUT", "/drives/a!/reset", "").contains("a!"));
+    for target in ["/drives/a/b/reset", "/drives/a/resets", "/drives/a/set"] {
+        assert!(fault("PUT", target, "").starts_with("Invalid request method"));
+    }
+    // A drive may be called so.
+    let drive = r#"{"drive_id": "reset", "is_root_device": false}"#;
+    let put = route("PUT", "/drives/reset", drive.as_bytes());
+    assert!(matches!(put, Ok(Action::PutDrive(_))), "{put:?}");
+}
+
+#[test]
 fn unknown_requests_are_named() {
     for (method, target) in [
         ("GET", "/nothing"),

@@ -53,6 +53,20 @@ pub struct Drive {
     pub io_engine: Option<IoEngine>,
     /// Socket of a vhost-user backend. Known on the wire so that it can be refused by name.
     pub socket: Option<String>,
+    /// Where writes go; the file behind the drive is then only read. An addition.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<DriveOverlay>,
+}
+
+/// What a machine has of its own over an image that it shares with others. An addition.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveOverlay {
+    /// This machine's overlay file, which is made if it is not there.
+    pub path: String,
+    /// Frozen overlays between it and the image, the lowest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<String>,
 }
 
 /// Whether flush requests are offered to the guest.

@@ -18,8 +18,8 @@ pub use cpu::{
     KvmCapability, MsrModifier,
 };
 pub use device::{
-    CacheType, Drive, DrivePatch, IoEngine, MacAddr, NetworkInterface, NetworkInterfacePatch,
-    RateLimiter, Serial, TokenBucket, Vsock,
+    CacheType, Drive, DriveOverlay, DrivePatch, IoEngine, MacAddr, NetworkInterface,
+    NetworkInterfacePatch, RateLimiter, Serial, TokenBucket, Vsock,
 };
 pub use instance::{
     ActionType, InstanceAction, InstanceInfo, InstanceState, Version, VmState, VmStateChange,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::HugePages;
+use super::{DriveOverlay, HugePages};
 
 /// Body of `PUT /snapshot/create`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,6 +120,9 @@ pub struct DriveOverride {
     pub drive_id: String,
     /// File or block device, of the size that the guest knows.
     pub path_on_host: String,
+    /// For a drive that has an overlay: another one. Absent: the one it had.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<DriveOverlay>,
 }
 
 /// Page size behind the memory of a loaded machine.

@@ -69,7 +69,7 @@ pub fn blk_read() -> Box<dyn FnMut()> {
     let image = tempfile::NamedTempFile::new().expect("a temporary file");
     image.as_file().set_len(1 << 20).expect("a sparse file");
     let mut block = Block::new(BlockConfig {
-        disk: open_disk(image.path(), true).expect("an image"),
+        image: open_disk(image.path(), true).expect("an image").into(),
         serial: None,
         cache: CacheType::Unsafe,
         engine: EngineKind::Sync,

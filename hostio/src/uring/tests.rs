@@ -7,6 +7,8 @@ use vmm_sys_util::tempfile::TempFile;
 
 use super::*;
 
+const FIRST: FileNumber = FileNumber::FIRST;
+
 fn memory() -> Arc<GuestMemoryMmap> {
     Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 22)]).unwrap())
 }
@@ -39,7 +41,7 @@ fn reads_and_writes_in_one_batch() {
         let at = GuestAddress(i * 2048);
         let parts = [(at, 1000), (GuestAddress(at.0 + 1000), 1048)];
         if i % 2 == 0 {
-            ring.read(i, i * 2048, &memory, parts).unwrap();
+            ring.read(i, (FIRST, i * 2048), &memory, parts).unwrap();
         } else {
             memory.write_slice(&[i as u8; 2048], at).unwrap();
             ring.write(i, i * 2048, &memory, parts, i % 3 == 0).unwrap();
@@ -76,7 +78,8 @@ fn more_buffers_than_one_call_takes() {
     let memory = memory();
     let mut ring = FileRing::new(file.as_file(), 1).unwrap();
     let parts: Vec<_> = (0..3000).map(|i| (GuestAddress(i * 5), 3)).collect();
-    ring.read(1, 0, &memory, parts.iter().copied()).unwrap();
+    ring.read(1, (FIRST, 0), &memory, parts.iter().copied())
+        .unwrap();
     assert_eq!(*finish(&mut ring)[&1].as_ref().unwrap(), 9000);
     for (i, (addr, _)) in parts.iter().enumerate() {
         let mut bytes = [0; 3];
@@ -85,13 +88,39 @@ fn more_buffers_than_one_call_takes() {
     }
     // The same into a file, and reading past its end.
     let copy = TempFile::new().unwrap();
-    ring.set_file(copy.as_file()).unwrap();
+    ring.set_files(&[copy.as_file()]).unwrap();
     ring.write(2, 0, &memory, parts.iter().copied(), false)
         .unwrap();
     assert_eq!(*finish(&mut ring)[&2].as_ref().unwrap(), 9000);
     assert_eq!(std::fs::read(copy.as_path()).unwrap(), content);
-    ring.read(3, 100, &memory, parts).unwrap();
+    ring.read(3, (FIRST, 100), &memory, parts).unwrap();
     assert_eq!(*finish(&mut ring)[&3].as_ref().unwrap(), 8900);
+}
+
+#[test]
+fn each_operation_is_for_the_file_it_names() {
+    let memory = memory();
+    let files = [image(&[1; 512]), image(&[2; 512]), image(&[3; 512])];
+    let [first, second, third] = files.each_ref().map(TempFile::as_file);
+    let mut ring = FileRing::with_places(&[first, second], 3, 4).unwrap();
+    let read = |ring: &mut FileRing, number: u8| {
+        let part = [(GuestAddress(0), 512)];
+        ring.read(1, (FileNumber(number), 0), &memory, part)
+            .unwrap();
+        let result = finish(ring).remove(&1).unwrap();
+        result.map(|_| memory.read_obj::<u8>(GuestAddress(0)).unwrap())
+    };
+    assert_eq!(read(&mut ring, 0).unwrap(), 1);
+    assert_eq!(read(&mut ring, 1).unwrap(), 2);
+    // An empty place, and none at all.
+    assert!(read(&mut ring, 2).is_err());
+    assert!(read(&mut ring, 3).is_err());
+    ring.set_files(&[second, third, first]).unwrap();
+    assert_eq!([0, 1, 2].map(|n| read(&mut ring, n).unwrap()), [2, 3, 1]);
+    ring.write(2, 0, &memory, [(GuestAddress(0), 1)], false)
+        .unwrap();
+    finish(&mut ring);
+    assert_eq!(std::fs::read(files[1].as_path()).unwrap()[..2], [1, 2]);
 }
 
 #[test]
@@ -102,12 +131,12 @@ fn the_depth_is_a_bound_and_slots_come_back() {
     let part = [(GuestAddress(0), 512)];
     for round in 0..100 {
         for i in 0..4 {
-            ring.read(round * 4 + i, 0, &memory, part).unwrap();
+            ring.read(round * 4 + i, (FIRST, 0), &memory, part).unwrap();
         }
         assert!(ring.is_full());
-        let refused = ring.read(9999, 0, &memory, part);
+        let refused = ring.read(9999, (FIRST, 0), &memory, part);
         assert!(matches!(refused, Err(PushError::Full)));
-        assert!(ring.set_file(file.as_file()).is_err(), "in flight");
+        assert!(ring.set_files(&[file.as_file()]).is_err(), "in flight");
         ring.submit().unwrap();
         assert_eq!(finish(&mut ring).len(), 4);
         assert_eq!(ring.in_flight(), 0);
@@ -120,9 +149,9 @@ fn what_cannot_be_queued_leaves_no_trace() {
     let memory = memory();
     let mut ring = FileRing::new(file.as_file(), 2).unwrap();
     let outside = [(GuestAddress(0), 10), (GuestAddress((1 << 22) - 5), 10)];
-    let refused = ring.read(1, 0, &memory, outside);
+    let refused = ring.read(1, (FIRST, 0), &memory, outside);
     assert!(matches!(refused, Err(PushError::Memory(_))));
-    let refused = ring.read(1, u64::MAX, &memory, []);
+    let refused = ring.read(1, (FIRST, u64::MAX), &memory, []);
     assert!(matches!(refused, Err(PushError::Offset(_))));
     assert!(
         ring.allocate(1, Allocation::Deallocate, 0, u64::MAX)
@@ -130,7 +159,8 @@ fn what_cannot_be_queued_leaves_no_trace() {
     );
     assert_eq!((ring.in_flight(), ring.is_full()), (0, false));
     assert_eq!(Arc::strong_count(&memory), 1);
-    ring.read(2, 0, &memory, [(GuestAddress(0), 512)]).unwrap();
+    ring.read(2, (FIRST, 0), &memory, [(GuestAddress(0), 512)])
+        .unwrap();
     assert_eq!(Arc::strong_count(&memory), 2);
     assert_eq!(*finish(&mut ring)[&2].as_ref().unwrap(), 512);
     assert_eq!(Arc::strong_count(&memory), 1, "memory is let go");
@@ -149,7 +179,7 @@ fn errors_come_back_as_such() {
 
     let file = image(&[5; 4096]);
     let read_only = File::open(file.as_path()).unwrap();
-    ring.set_file(&read_only).unwrap();
+    ring.set_files(&[&read_only]).unwrap();
     ring.write(8, 0, &memory, [(GuestAddress(0), 512)], false)
         .unwrap();
     let done = finish(&mut ring);
@@ -179,7 +209,7 @@ fn a_slot_serves_any_operation_after_any_other() {
         for second in 0..4 {
             for kind in [first, second] {
                 match kind {
-                    0 => ring.read(0, 0, &memory, parts(3)).unwrap(),
+                    0 => ring.read(0, (FIRST, 0), &memory, parts(3)).unwrap(),
                     1 => ring.write(1, 0, &memory, parts(1), false).unwrap(),
                     2 => ring.sync(2).unwrap(),
                     _ => ring.allocate(3, Allocation::Deallocate, 0, 512).unwrap(),
@@ -198,7 +228,8 @@ fn dropping_waits_for_what_is_in_flight() {
     let reader = File::from(std::os::fd::OwnedFd::from(reader));
     let memory = memory();
     let mut ring = FileRing::new(&reader, 2).unwrap();
-    ring.read(1, 0, &memory, [(GuestAddress(0), 3)]).unwrap();
+    ring.read(1, (FIRST, 0), &memory, [(GuestAddress(0), 3)])
+        .unwrap();
     ring.submit().unwrap();
     assert!(ring.reap().is_none(), "nothing was written yet");
     assert_eq!(ring.in_flight(), 1);
@@ -219,7 +250,8 @@ fn events_come_when_they_are_asked_for() {
     let mut ring = FileRing::new(&reader, 2).unwrap();
     assert!(!ring.watch(), "nothing is in flight");
     for asked in [true, false, true] {
-        ring.read(1, 0, &memory, [(GuestAddress(0), 3)]).unwrap();
+        ring.read(1, (FIRST, 0), &memory, [(GuestAddress(0), 3)])
+            .unwrap();
         ring.submit().unwrap();
         assert!(ring.reap().is_none());
         if asked {

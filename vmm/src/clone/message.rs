@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use lepton_api::types::CloneChild;
+use lepton_api::types::{CloneChild, DriveOverlay, DriveOverride};
 use serde::{Deserialize, Serialize};
 
-use crate::config::saved::Overrides;
+use crate::config::saved::{Overrides, SavedOverlay};
 use crate::machine::state::MachineState;
 use crate::memory::base::Extent;
 
@@ -38,8 +38,8 @@ pub struct Offer {
 pub struct Changes {
     /// Interface and tap.
     pub taps: Vec<(String, String)>,
-    /// Drive and image.
-    pub images: Vec<(String, String)>,
+    /// Drive and image, and its overlay if that is another one.
+    pub images: Vec<(String, String, Option<SavedOverlay>)>,
     /// Socket of the vsock.
     pub socket: Option<String>,
 }
@@ -53,7 +53,10 @@ impl From<&CloneChild> for Changes {
                 .map(|tap| (tap.iface_id.clone(), tap.host_dev_name.clone()))
                 .collect(),
             images: images
-                .map(|image| (image.drive_id.clone(), image.path_on_host.clone()))
+                .map(|image| {
+                    let overlay = image.overlay.as_ref().map(SavedOverlay::from);
+                    (image.drive_id.clone(), image.path_on_host.clone(), overlay)
+                })
                 .collect(),
             socket: child.vsock_override.as_ref().map(|o| o.uds_path.clone()),
         }
@@ -67,9 +70,16 @@ impl From<Changes> for Overrides {
             images,
             socket,
         } = changes;
+        let images = images.into_iter();
         Overrides {
             taps,
-            images,
+            images: images
+                .map(|(drive_id, path_on_host, overlay)| DriveOverride {
+                    drive_id,
+                    path_on_host,
+                    overlay: overlay.as_ref().map(DriveOverlay::from),
+                })
+                .collect(),
             socket,
             ..Default::default()
         }

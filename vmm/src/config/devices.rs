@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use lepton_api::types as wire;
 use lepton_devices::metrics::MetricGroup;
 use lepton_devices::rate_limiter::{BucketConfig, RateLimiterConfig};
+use lepton_devices::virtio::block::overlay::{Chain, Overlay, OverlayError};
 use lepton_devices::virtio::block::{Block, BlockConfig, BlockError, CacheType, EngineKind};
 use lepton_devices::virtio::net::{Net, NetConfig, NetError};
 use lepton_devices::virtio::transport::mmio::SharedDevice;
@@ -31,6 +32,10 @@ pub enum DeviceConfigError {
     Disk { id: String, source: DiskOpenError },
     #[error("drive {id}: {source}")]
     Block { id: String, source: BlockError },
+    #[error("drive {id}: {source}")]
+    Overlay { id: String, source: OverlayError },
+    #[error("drive {0}: path_on_host: what an overlay lies over cannot be changed under it")]
+    UnderOverlay(String),
     #[error("drive {0}: path_on_host is missing")]
     NoPath(String),
     #[error("drive {0}: socket: vhost-user drives are not offered; name an image by path_on_host")]
@@ -190,6 +195,9 @@ impl Devices {
                 id: id.clone(),
             })?;
         let mut device = lock(&slot.device);
+        if patch.path_on_host.is_some() && slot.wire.overlay.is_some() {
+            return Err(DeviceConfigError::UnderOverlay(id.clone()));
+        }
         if let Some(path) = &patch.path_on_host {
             let read_only = slot.wire.is_read_only.unwrap_or(false);
             let disk = open_disk(Path::new(path), read_only).map_err(|source| {
@@ -199,7 +207,7 @@ impl Devices {
                 }
             })?;
             device
-                .update_backend(disk)
+                .update_backend(disk.into())
                 .map_err(|source| DeviceConfigError::Block {
                     id: id.clone(),
                     source,
@@ -211,6 +219,38 @@ impl Devices {
             device.update_rate_limiter(limits.bandwidth, limits.ops);
         }
         merge(&mut slot.wire.rate_limiter, patch.rate_limiter.as_ref());
+        Ok(())
+    }
+
+    /// PUT /drives/{id}/reset: throws away what was written to its overlay.
+    pub fn reset_drive(&mut self, id: &str) -> Result<(), DeviceConfigError> {
+        let slot = self.drive(id)?;
+        lock(&slot.device)
+            .reset_overlay()
+            .map_err(|source| DeviceConfigError::Block {
+                id: id.to_owned(),
+                source,
+            })
+    }
+
+    fn drive(&self, id: &str) -> Result<&DriveSlot, DeviceConfigError> {
+        let slot = self.drives.iter().find(|d| d.wire.drive_id == id);
+        slot.ok_or_else(|| DeviceConfigError::Unknown {
+            what: "drive",
+            id: id.to_owned(),
+        })
+    }
+
+    /// Sees to it that nothing the guest has written would be lost with this process.
+    pub fn write_back(&self) -> Result<(), DeviceConfigError> {
+        for slot in &self.drives {
+            lock(&slot.device)
+                .write_back()
+                .map_err(|source| DeviceConfigError::Block {
+                    id: slot.wire.drive_id.clone(),
+                    source,
+                })?;
+        }
         Ok(())
     }
 
@@ -386,10 +426,18 @@ fn make_drive(wire: &wire::Drive) -> Result<Block, DeviceConfigError> {
         .path_on_host
         .as_ref()
         .ok_or_else(|| DeviceConfigError::NoPath(id()))?;
-    let disk = open_disk(Path::new(path), wire.is_read_only.unwrap_or(false))
-        .map_err(|source| DeviceConfigError::Disk { id: id(), source })?;
+    let (path, read_only) = (Path::new(path), wire.is_read_only.unwrap_or(false));
+    let image = match &wire.overlay {
+        None => open_disk(path, read_only)
+            .map_err(|source| DeviceConfigError::Disk { id: id(), source })?
+            .into(),
+        Some(overlay) => Chain::open(path, &overlay.layers)
+            .and_then(|chain| Overlay::open(chain, Path::new(&overlay.path), read_only))
+            .map_err(|source| DeviceConfigError::Overlay { id: id(), source })?
+            .into(),
+    };
     Block::new(BlockConfig {
-        disk,
+        image,
         serial: None,
         cache: match wire.cache_type {
             wire::CacheType::Unsafe => CacheType::Unsafe,

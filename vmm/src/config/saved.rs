@@ -50,6 +50,29 @@ pub struct SavedDrive {
     pub path_on_host: String,
     pub is_async: bool,
     pub limiter: SavedLimiter,
+    pub overlay: Option<SavedOverlay>,
+}
+
+/// The overlay of a drive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct SavedOverlay {
+    pub path: String,
+    pub layers: Vec<String>,
+}
+
+impl From<&wire::DriveOverlay> for SavedOverlay {
+    fn from(wire: &wire::DriveOverlay) -> Self {
+        let wire::DriveOverlay { path, layers } = wire.clone();
+        SavedOverlay { path, layers }
+    }
+}
+
+impl From<&SavedOverlay> for wire::DriveOverlay {
+    fn from(saved: &SavedOverlay) -> Self {
+        let SavedOverlay { path, layers } = saved.clone();
+        wire::DriveOverlay { path, layers }
+    }
 }
 
 /// An interface.
@@ -118,6 +141,7 @@ fn drive(wire: &wire::Drive) -> SavedDrive {
         io_engine,
         // Never accepted.
         socket: _,
+        overlay,
     } = wire.clone();
     SavedDrive {
         drive_id,
@@ -128,6 +152,7 @@ fn drive(wire: &wire::Drive) -> SavedDrive {
         path_on_host: path_on_host.unwrap_or_default(),
         is_async: io_engine == Some(wire::IoEngine::Async),
         limiter: rate_limiter.into(),
+        overlay: overlay.as_ref().map(SavedOverlay::from),
     }
 }
 
@@ -191,8 +216,8 @@ impl From<&Configuration> for SavedConfig {
 pub struct Overrides {
     /// Interface and tap.
     pub taps: Vec<(String, String)>,
-    /// Drive and image.
-    pub images: Vec<(String, String)>,
+    /// Drives and images.
+    pub images: Vec<wire::DriveOverride>,
     /// Socket of the vsock.
     pub socket: Option<String>,
     /// Pages behind memory.
@@ -237,12 +262,18 @@ impl SavedConfig {
                 .host_dev_name
                 .clone_from(tap);
         }
-        for (id, path) in &overrides.images {
-            let drive = self.drives.iter_mut().find(|d| d.drive_id == *id);
-            drive
-                .ok_or_else(|| unknown("drive_overrides", "drive", id))?
-                .path_on_host
-                .clone_from(path);
+        for image in &overrides.images {
+            let wire::DriveOverride {
+                drive_id,
+                path_on_host,
+                overlay,
+            } = image;
+            let drive = self.drives.iter_mut().find(|d| d.drive_id == *drive_id);
+            let drive = drive.ok_or_else(|| unknown("drive_overrides", "drive", drive_id))?;
+            drive.path_on_host.clone_from(path_on_host);
+            if let Some(overlay) = overlay {
+                drive.overlay = Some(overlay.into());
+            }
         }
         if let Some(path) = &overrides.socket {
             let vsock = self.vsock.as_mut();
@@ -328,6 +359,7 @@ impl From<&SavedDrive> for wire::Drive {
             path_on_host,
             is_async,
             limiter,
+            overlay,
         } = saved;
         wire::Drive {
             drive_id: drive_id.clone(),
@@ -345,6 +377,7 @@ impl From<&SavedDrive> for wire::Drive {
                 false => wire::IoEngine::Sync,
             }),
             socket: None,
+            overlay: overlay.as_ref().map(wire::DriveOverlay::from),
         }
     }
 }

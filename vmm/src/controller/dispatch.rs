@@ -140,6 +140,9 @@ impl Controller {
     /// of the process, which takes the machine with it: stopping its threads one by one would only delay that.
     pub fn finish(mut self) {
         self.flush_metrics();
+        if let Err(error) = self.configuration.devices.write_back() {
+            log::error!("{error}");
+        }
         let Controller {
             phase,
             configuration,
@@ -223,6 +226,11 @@ impl Controller {
             Action::PatchDrive(patch) => configuration
                 .devices
                 .patch_drive(&patch)
+                .map(done)
+                .map_err(refused),
+            Action::ResetDrive(id) => configuration
+                .devices
+                .reset_drive(&id)
                 .map(done)
                 .map_err(refused),
             Action::PutLogger(logger) => configure_log(&logger).map(done),
@@ -354,7 +362,10 @@ impl Controller {
         let (phase, result) = match (phase, wanted) {
             (Phase::Running(running), VmState::Paused) => {
                 let (paused, result) = running.pause();
-                (Phase::Paused(paused), result.map_err(refused))
+                // What a guest has written is in its drives' files while it stands still.
+                let devices = &self.configuration.devices;
+                let written = devices.write_back().map_err(refused);
+                (Phase::Paused(paused), result.map_err(refused).and(written))
             }
             (Phase::Paused(paused), VmState::Resumed) => (Phase::Running(paused.resume()), Ok(())),
             // What is so already is no error.

@@ -15,7 +15,7 @@ pub enum Stage {
     Paused,
 }
 
-/// Why an action is not allowed now. All texts but the last are Firecracker's.
+/// Why an action is not allowed now. All texts but the last two are Firecracker's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Denied {
     /// Too early.
@@ -32,6 +32,9 @@ pub enum Denied {
     /// A machine that runs has no state to be saved.
     #[error("Create snapshot error: the microVM runs: PATCH /vm with the state Paused first.")]
     NotPaused,
+    /// The guest is using it.
+    #[error("The microVM runs and may be using the drive: PATCH /vm with the state Paused first.")]
+    RunningDrive,
 }
 
 /// Whether `action` is allowed in `stage`.
@@ -69,6 +72,10 @@ pub fn allow(stage: Stage, action: &Action) -> Result<(), Denied> {
                 Err(Denied::BeforeStart)
             }
         }
+        ResetDrive(_) => match stage {
+            Stage::Fresh | Stage::Configuring | Stage::Paused => Ok(()),
+            Stage::Running => Err(Denied::RunningDrive),
+        },
         CreateSnapshot(_) => match stage {
             Stage::Fresh | Stage::Configuring => Err(Denied::BeforeStart),
             Stage::Running => Err(Denied::NotPaused),

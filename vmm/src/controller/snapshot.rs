@@ -22,9 +22,7 @@ impl From<&SnapshotLoad> for Overrides {
             taps: taps
                 .map(|tap| (tap.iface_id.clone(), tap.host_dev_name.clone()))
                 .collect(),
-            images: images
-                .map(|image| (image.drive_id.clone(), image.path_on_host.clone()))
-                .collect(),
+            images: images.cloned().collect(),
             socket: load.vsock_override.as_ref().map(|o| o.uds_path.clone()),
             huge_pages: load.huge_pages,
             track_dirty_pages: load.track_dirty_pages || load.enable_diff_snapshots,

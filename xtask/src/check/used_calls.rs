@@ -23,13 +23,14 @@ use crate::progress::Progress;
 pub const NAME: &str = "calls";
 
 /// Test programs that start VMMs by the harness, need no particular user, and measure nothing.
-const TRACED: [&str; 10] = [
+const TRACED: [&str; 11] = [
     "native_api",
     "native_bad_input",
     "native_boot",
     "native_clone",
     "native_ends",
     "native_images",
+    "native_overlay",
     "native_probe",
     "native_probe_streams",
     "native_snapshot",

@@ -1,15 +1,19 @@
 //! The device: one queue, a disk image, an engine and a rate limiter.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
+use std::path::Path;
 use std::sync::Arc;
 
 use lepton_hostio::file::Disk;
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO};
 
+use super::backend::{Backend, Image};
 use super::config;
-use super::engine::{AsyncEngine, Backend, EngineKind};
+use super::engine::{AsyncEngine, EngineKind};
 use super::metrics::BlockMetrics;
+use super::overlay::{self, OverlayError};
 use super::request::Rules;
 use super::turn::{Engine, Turn, give_back};
 use crate::Memory;
@@ -39,10 +43,9 @@ pub enum CacheType {
 }
 
 /// What a drive is made of.
-#[derive(Debug)]
 pub struct BlockConfig {
-    /// The image.
-    pub disk: Disk,
+    /// What is behind it.
+    pub image: Image,
     /// What the guest sees as the serial number, padded with zeroes. None: the image's own.
     pub serial: Option<[u8; 20]>,
     /// What a flush means.
@@ -70,6 +73,12 @@ pub enum BlockError {
     /// A drive cannot change between read-only and writable.
     #[error("the new image is opened {}, the drive is not", if *.0 { "read-only" } else { "writable" })]
     ReadOnly(bool),
+    /// The drive is a raw image.
+    #[error("the drive has no overlay")]
+    NoOverlay,
+    /// The overlay cannot be frozen.
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
     /// I/O on the old image could not be finished, or the new one not be taken.
     #[error("cannot change the image: {0}")]
     Change(String),
@@ -100,7 +109,7 @@ impl Block {
     /// An inactive drive.
     pub fn new(config: BlockConfig) -> Result<Self, BlockError> {
         let BlockConfig {
-            disk,
+            mut image,
             serial,
             cache,
             engine,
@@ -110,16 +119,19 @@ impl Block {
         if !queue_size.is_power_of_two() || queue_size > 1024 {
             return Err(BlockError::QueueSize(queue_size));
         }
+        if let (Image::Overlay(overlay), CacheType::Unsafe) = (&mut image, cache) {
+            overlay.write_through();
+        }
         let engine = match engine {
             EngineKind::Sync => Engine::Sync,
             EngineKind::Async => {
-                let engine = AsyncEngine::new(&disk, queue_size).map_err(BlockError::Uring)?;
+                let engine = AsyncEngine::new(&image, queue_size).map_err(BlockError::Uring)?;
                 Engine::Async(Box::new(engine))
             }
         };
         Ok(Block {
-            features: config::features(&disk, cache),
-            backend: Backend::new(disk, serial),
+            features: config::features(&image, cache),
+            backend: Backend::new(image, serial),
             serial,
             engine,
             limiter: RateLimiter::new(rate_limiter).map_err(BlockError::Timer)?,
@@ -134,14 +146,14 @@ impl Block {
         self.metrics.clone()
     }
 
-    /// The image in use.
+    /// The file in use: the image, or the overlay's own.
     pub fn disk(&self) -> &Disk {
-        &self.backend.disk
+        self.backend.image.disk()
     }
 
     /// Puts another image in the place of the present one, whose I/O is finished first, and tells the driver.
-    pub fn update_backend(&mut self, disk: Disk) -> Result<(), BlockError> {
-        let result = self.try_update_backend(disk);
+    pub fn update_backend(&mut self, image: Image) -> Result<(), BlockError> {
+        let result = self.try_update_backend(image);
         match result {
             Ok(()) => self.metrics.update_count.inc(),
             Err(_) => self.metrics.update_fails.inc(),
@@ -149,25 +161,70 @@ impl Block {
         result
     }
 
-    fn try_update_backend(&mut self, disk: Disk) -> Result<(), BlockError> {
-        if disk.read_only() != self.is_read_only() {
-            return Err(BlockError::ReadOnly(disk.read_only()));
+    fn try_update_backend(&mut self, image: Image) -> Result<(), BlockError> {
+        if image.read_only() != self.is_read_only() {
+            return Err(BlockError::ReadOnly(image.read_only()));
         }
-        self.quiesce()
-            .map_err(|e| BlockError::Change(e.to_string()))?;
+        self.finish()?;
         if let Engine::Async(engine) = &mut self.engine {
             engine
-                .set_disk(&disk)
+                .set_image(&image)
                 .map_err(|e| BlockError::Change(e.to_string()))?;
         }
         let durable_writes = self.backend.durable_writes;
-        self.backend = Backend::new(disk, self.serial);
+        self.backend = Backend::new(image, self.serial);
         self.backend.durable_writes = durable_writes;
         if let Some(active) = &mut self.active {
-            active.rules.sectors = self.backend.disk.sectors();
+            active.rules.sectors = self.backend.image.sectors();
             active.interrupt.config_changed();
         }
         Ok(())
+    }
+
+    /// Sees to it that nothing the guest has written would be lost with this process, as if it had flushed. What is
+    /// under way is finished first.
+    pub fn write_back(&mut self) -> Result<(), BlockError> {
+        self.finish()?;
+        match &mut self.backend.image {
+            Image::Overlay(overlay) if overlay.is_behind() => overlay
+                .flush()
+                .map_err(|e| BlockError::Change(e.to_string())),
+            Image::Overlay(_) | Image::Raw(_) => Ok(()),
+        }
+    }
+
+    /// Throws away all that was written to an overlay ([`Overlay::reset`]). The guest is not told: what its caches have
+    /// of the disk is wrong from now on.
+    pub fn reset_overlay(&mut self) -> Result<(), BlockError> {
+        self.finish()?;
+        match &mut self.backend.image {
+            Image::Raw(_) => Err(BlockError::NoOverlay),
+            Image::Overlay(overlay) => overlay
+                .reset()
+                .map_err(|e| BlockError::Change(e.to_string())),
+        }
+    }
+
+    /// Freezes what was written to an overlay, and goes on in `next` ([`Overlay::freeze`]). The chain that is returned
+    /// is what clones go on from: all that the guest has written until now is in it.
+    pub fn freeze(&mut self, next: File, path: &Path) -> Result<overlay::Chain, BlockError> {
+        self.finish()?;
+        let Image::Overlay(overlay) = &mut self.backend.image else {
+            return Err(BlockError::NoOverlay);
+        };
+        let chain = overlay.freeze(next, path)?;
+        if let Engine::Async(engine) = &mut self.engine {
+            engine
+                .set_image(&self.backend.image)
+                .map_err(|e| BlockError::Change(e.to_string()))?;
+        }
+        Ok(chain)
+    }
+
+    /// Lets all I/O come to its end.
+    fn finish(&mut self) -> Result<(), BlockError> {
+        self.quiesce()
+            .map_err(|e| BlockError::Change(e.to_string()))
     }
 
     /// Replaces the limits that are given ([`RateLimiter::update`]).
@@ -269,7 +326,7 @@ impl VirtioDevice for Block {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let [queue_size] = self.queue_sizes;
-        let config = config::config_space(&self.backend.disk, self.features, queue_size);
+        let config = config::config_space(&self.backend.image, self.features, queue_size);
         let offset = usize::try_from(offset).unwrap_or(usize::MAX);
         let tail = config.get(offset..).unwrap_or_default();
         data.fill(0);
@@ -305,7 +362,7 @@ impl VirtioDevice for Block {
             queue,
             interrupt,
             rules: Rules {
-                sectors: self.backend.disk.sectors(),
+                sectors: self.backend.image.sectors(),
                 read_only: self.is_read_only(),
                 features: features & self.features,
             },
@@ -314,8 +371,8 @@ impl VirtioDevice for Block {
     }
 
     fn reset(&mut self) {
-        if let Engine::Async(engine) = &mut self.engine
-            && let Err(error) = engine.abandon()
+        if let (Engine::Async(engine), Some(active)) = (&mut self.engine, &self.active)
+            && let Err(error) = engine.abandon(&mut self.backend, &active.memory)
         {
             log::error!("virtio-blk: I/O in flight at a reset cannot be waited for: {error}");
         }
@@ -356,7 +413,7 @@ impl VirtioDevice for Block {
         let (Some(active), Engine::Async(engine)) = (&mut self.active, &mut self.engine) else {
             return Ok(());
         };
-        while engine.ring().in_flight() > 0 {
+        while engine.is_busy() {
             engine.wait().map_err(engine_failed)?;
             give_back(
                 &mut active.queue,

@@ -1,14 +1,29 @@
-//! Doing what a request asks for, at once or through io_uring.
+//! Doing what requests ask for through io_uring.
+//!
+//! A raw image has one file, and each request is one operation of the ring. On an overlay
+//! - a read is an operation for each file that has part of it,
+//! - a write, once the clusters at its ends are copied up, is one operation, and its clusters become the overlay's when it
+//!   has ended; until then they are *claimed*, and whatever else touches them waits,
+//! - a flush is up to two syncs with the bits written between them. Flushes that come meanwhile share the next one.
 
+use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
-use lepton_hostio::file::{self, Allocation, Disk};
-use lepton_hostio::uring::{FileRing, PushError};
+use lepton_hostio::file::Allocation;
+use lepton_hostio::uring::{Completion, FileNumber, FileRing, PushError};
+use smallvec::SmallVec;
 
-use super::request::{HEADER_SIZE, Request};
+use super::backend::{Backend, Failure, Image, Outcome, data_out, is_unsupported, unsupported};
+use super::overlay::{MAX_LAYERS, Overlay, Piece, clusters_of};
+use super::request::Request;
 use crate::Memory;
 use crate::virtio::queue::{Chain, QueueError};
+
+mod flushing;
+
+use self::flushing::{FLUSH, Flushing};
 
 /// How a drive does its I/O, `io_engine` in the API.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -20,129 +35,54 @@ pub enum EngineKind {
     Async,
 }
 
-/// The disk image with what was found out about it.
-pub(super) struct Backend {
-    pub disk: Disk,
-    /// What GET_ID answers.
-    pub serial: [u8; 20],
-    /// Each write must be on stable storage when it ends, because the driver does not flush.
-    pub durable_writes: bool,
-    /// The host said that it cannot make zeroes without writing them.
-    pub no_zero_range: bool,
+/// Files of a drive: its own, its base, its layers.
+const PLACES: u8 = MAX_LAYERS as u8 + 2;
+/// Most operations for one read; one in more pieces is better done at once.
+const MAX_PIECES: usize = 16;
+
+/// A request in the ring.
+struct Pending {
+    chain: Chain,
+    request: Request,
+    /// Operations that have not ended.
+    parts: usize,
+    /// Bytes that were transferred.
+    done: u64,
+    failed: Option<io::Error>,
 }
 
-/// Why a request failed that made sense.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum Failure {
-    /// The host's word.
-    #[error("{0}")]
-    Io(#[from] io::Error),
-    /// The image ends early: it was truncated after it was opened.
-    #[error("{done} of {wanted} bytes: the image was cut short")]
-    Short { done: u64, wanted: u64 },
-    /// The host cannot do this at all.
-    #[error("the host does not support it")]
-    Unsupported,
-}
-
-/// Bytes that a request put in its chain's writable part before the status.
-pub(super) type Outcome = Result<u64, Failure>;
-
-impl Backend {
-    pub(super) fn new(disk: Disk, serial: Option<[u8; 20]>) -> Self {
-        Backend {
-            serial: serial.unwrap_or(disk.serial()),
-            disk,
-            durable_writes: false,
-            no_zero_range: false,
-        }
-    }
-
-    /// Does `request` to its end. The outer error is the queue's, after which the device needs a reset.
-    pub(super) fn execute(
-        &mut self,
-        request: &Request,
-        chain: &Chain,
-        memory: &Memory,
-    ) -> Result<Outcome, QueueError> {
-        let file = self.disk.file();
-        let outcome = match *request {
-            Request::Read { offset, len } => {
-                let slices = chain.writable.slices(memory, 0..len)?;
-                complete(file::read_vectored_at(file, &slices, offset), len)
-            }
-            Request::Write { offset, len } => {
-                let slices = chain.readable.slices(memory, data_out(len))?;
-                complete(file::write_vectored_at(file, &slices, offset), len)
-                    .and_then(|_| self.make_durable())
-            }
-            Request::Flush => file.sync_data().map(|()| 0).map_err(Failure::from),
-            Request::Discard { offset, len } => nothing_or(len, || {
-                file::deallocate(file, offset, len).map_err(unsupported)
-            }),
-            Request::WriteZeroes { offset, len, unmap } => {
-                nothing_or(len, || self.write_zeroes(offset, len, unmap))
-                    .and_then(|_| self.make_durable())
-            }
-            Request::GetId => {
-                chain.writable.write_at(memory, 0, &self.serial)?;
-                Ok(self.serial.len() as u64)
-            }
-        };
-        Ok(outcome)
-    }
-
-    fn make_durable(&self) -> Outcome {
-        if self.durable_writes {
-            self.disk.file().sync_data()?;
-        }
-        Ok(0)
-    }
-
-    /// The cheapest way that the host has.
-    fn write_zeroes(&mut self, offset: u64, len: u64, unmap: bool) -> Result<(), Failure> {
-        let file = self.disk.file();
-        while let Some(what) = self.zero_by(unmap) {
-            let result = match what {
-                Allocation::Deallocate => file::deallocate(file, offset, len),
-                Allocation::ZeroRange => file::zero_range(file, offset, len),
-            };
-            match result {
-                Err(error) if is_unsupported(&error) && what == Allocation::ZeroRange => {
-                    self.no_zero_range = true;
-                }
-                Err(error) if is_unsupported(&error) => break,
-                result => return result.map_err(Failure::from),
-            }
-        }
-        file::write_zeroes(file, offset, len).map_err(Failure::from)
-    }
-
-    /// How zeroes are made without writing them, if the host can. A freed range reads as zeroes.
-    fn zero_by(&self, unmap: bool) -> Option<Allocation> {
-        if unmap && self.disk.can_deallocate() {
-            Some(Allocation::Deallocate)
-        } else if self.no_zero_range {
-            None
-        } else {
-            Some(Allocation::ZeroRange)
-        }
-    }
-}
+/// A request that is over.
+type Ended = (Chain, Request, Outcome);
 
 /// An io_uring and the chains that are in it.
 pub(super) struct AsyncEngine {
     ring: FileRing,
     /// By the chain's head, which the queue guarantees to be in flight only once.
-    pending: Vec<Option<(Chain, Request)>>,
+    pending: Vec<Option<Pending>>,
+    /// Over, and not given back.
+    ended: VecDeque<Ended>,
+    /// Clusters that will be the overlay's own when the chain of that head is over.
+    claims: Vec<(u16, Range<u64>)>,
+    flushing: Option<Flushing>,
+    /// Chains that wait for the next flush.
+    next_flush: Vec<u16>,
 }
 
 impl AsyncEngine {
     /// An engine for a queue of up to `queue_size` descriptors: as many requests can be in flight, so it is never full.
-    pub(super) fn new(disk: &Disk, queue_size: u16) -> io::Result<Self> {
+    pub(super) fn new(image: &Image, queue_size: u16) -> io::Result<Self> {
+        // Reads in several pieces take what is left of twice as many places.
+        let depth = match image {
+            Image::Raw(_) => queue_size,
+            Image::Overlay(_) => queue_size.saturating_mul(2),
+        };
         Ok(AsyncEngine {
-            ring: FileRing::new(disk.file(), queue_size)?,
+            ring: FileRing::with_places(&image.files(), PLACES, depth)?,
             pending: (0..queue_size).map(|_| None).collect(),
+            ended: VecDeque::new(),
+            claims: Vec::new(),
+            flushing: None,
+            next_flush: Vec::new(),
         })
     }
 
@@ -150,8 +90,13 @@ impl AsyncEngine {
         &self.ring
     }
 
-    pub(super) fn set_disk(&mut self, disk: &Disk) -> io::Result<()> {
-        self.ring.set_file(disk.file())
+    /// Whether something is in the ring or not given back.
+    pub(super) fn is_busy(&self) -> bool {
+        self.ring.in_flight() > 0 || !self.ended.is_empty()
+    }
+
+    pub(super) fn set_image(&mut self, image: &Image) -> io::Result<()> {
+        self.ring.set_files(&image.files())
     }
 
     /// Queues `request`; [`AsyncEngine::submit`] starts it, and [`AsyncEngine::reap`] tells its end. What is better
@@ -163,18 +108,15 @@ impl AsyncEngine {
         chain: Chain,
         memory: &Arc<Memory>,
     ) -> Result<Option<(Chain, Outcome)>, QueueError> {
-        match self.push(backend, &request, &chain, memory)? {
+        if let Image::Overlay(_) = backend.image {
+            return self.start_on_overlay(backend, request, chain, memory);
+        }
+        match self.push(backend, &request, &chain, memory, 0)? {
             Some(Ok(())) => {
-                if let Some(place) = self.pending.get_mut(usize::from(chain.head())) {
-                    *place = Some((chain, request));
-                }
+                self.keep(chain, request, 1);
                 Ok(None)
             }
-            Some(Err(PushError::Memory(error))) => Err(QueueError::Memory(error.to_string())),
-            Some(Err(PushError::Offset(error))) => Ok(Some((chain, Err(error.into())))),
-            Some(Err(error @ PushError::Full)) => {
-                Ok(Some((chain, Err(io::Error::other(error).into()))))
-            }
+            Some(Err(error)) => refused(chain, error),
             None => {
                 let outcome = backend.execute(&request, &chain, memory)?;
                 Ok(Some((chain, outcome)))
@@ -182,13 +124,27 @@ impl AsyncEngine {
         }
     }
 
-    /// None: the request is better done at once.
+    fn keep(&mut self, chain: Chain, request: Request, parts: usize) {
+        if let Some(place) = self.pending.get_mut(usize::from(chain.head())) {
+            *place = Some(Pending {
+                chain,
+                request,
+                parts,
+                done: 0,
+                failed: None,
+            });
+        }
+    }
+
+    /// A request that is one operation on the first file, in which the disk starts at `base`. None: it is better done
+    /// at once.
     fn push(
         &mut self,
         backend: &Backend,
         request: &Request,
         chain: &Chain,
         memory: &Arc<Memory>,
+        base: u64,
     ) -> Result<Option<Result<(), PushError>>, QueueError> {
         let token = u64::from(chain.head());
         let durable = backend.durable_writes;
@@ -196,23 +152,137 @@ impl AsyncEngine {
             Request::Read { offset, len } if len > 0 => {
                 let parts = chain.writable.clip(0..len)?;
                 let parts = parts.map(|part| (part.addr, part.len as usize));
-                Some(self.ring.read(token, offset, memory, parts))
+                let place = (FileNumber::FIRST, offset);
+                Some(self.ring.read(token, place, memory, parts))
             }
             Request::Write { offset, len } if len > 0 => {
                 let parts = chain.readable.clip(data_out(len))?;
                 let parts = parts.map(|part| (part.addr, part.len as usize));
+                let offset = base.saturating_add(offset);
                 Some(self.ring.write(token, offset, memory, parts, durable))
             }
             Request::Flush => Some(self.ring.sync(token)),
             Request::Discard { offset, len } if len > 0 => {
                 let what = Allocation::Deallocate;
+                let offset = base.saturating_add(offset);
                 Some(self.ring.allocate(token, what, offset, len))
             }
-            Request::WriteZeroes { offset, len, unmap } if len > 0 && !durable => backend
-                .zero_by(unmap)
-                .map(|what| self.ring.allocate(token, what, offset, len)),
+            Request::WriteZeroes { offset, len, unmap } if len > 0 && !durable => {
+                let offset = base.saturating_add(offset);
+                backend
+                    .zero_by(unmap)
+                    .map(|what| self.ring.allocate(token, what, offset, len))
+            }
             _ => None,
         })
+    }
+
+    fn start_on_overlay(
+        &mut self,
+        backend: &mut Backend,
+        request: Request,
+        chain: Chain,
+        memory: &Arc<Memory>,
+    ) -> Result<Option<(Chain, Outcome)>, QueueError> {
+        let (offset, len) = match request {
+            Request::Read { offset, len }
+            | Request::Write { offset, len }
+            | Request::Discard { offset, len }
+            | Request::WriteZeroes { offset, len, .. } => (offset, len),
+            Request::Flush => {
+                let head = chain.head();
+                self.keep(chain, request, 1);
+                self.next_flush.push(head);
+                self.begin_flush(backend);
+                return Ok(None);
+            }
+            Request::GetId => (0, 0),
+        };
+        let clusters = match len {
+            0 => 0..0,
+            _ => clusters_of(offset, len),
+        };
+        if self.is_claimed(&clusters)
+            && let Err(error) = self.settle_all(backend, memory)?
+        {
+            return Ok(Some((chain, Err(error.into()))));
+        }
+        if let Request::Read { .. } = request {
+            return self.start_read(backend, request, chain, memory);
+        }
+        let pushed = match &mut backend.image {
+            // With the bits that have to be durable too, it is no single operation.
+            Image::Overlay(_) if backend.durable_writes || len == 0 => None,
+            Image::Overlay(overlay) => {
+                if let Err(error) = overlay.prepare(offset, len) {
+                    return Ok(Some((chain, Err(error.into()))));
+                }
+                let (base, adds) = (overlay.own_offset(0), overlay.would_add(offset, len));
+                let pushed = self.push(backend, &request, &chain, memory, base)?;
+                if adds && let Some(Ok(())) = pushed {
+                    self.claims.push((chain.head(), clusters));
+                }
+                pushed
+            }
+            Image::Raw(_) => None,
+        };
+        match pushed {
+            Some(Ok(())) => {
+                self.keep(chain, request, 1);
+                Ok(None)
+            }
+            Some(Err(error)) => refused(chain, error),
+            None => {
+                let outcome = backend.execute(&request, &chain, memory)?;
+                Ok(Some((chain, outcome)))
+            }
+        }
+    }
+
+    fn is_claimed(&self, clusters: &Range<u64>) -> bool {
+        let mut claims = self.claims.iter();
+        claims.any(|(_, claim)| claim.start < clusters.end && clusters.start < claim.end)
+    }
+
+    /// Queues an operation for each piece of a read.
+    fn start_read(
+        &mut self,
+        backend: &mut Backend,
+        request: Request,
+        chain: Chain,
+        memory: &Arc<Memory>,
+    ) -> Result<Option<(Chain, Outcome)>, QueueError> {
+        let pieces = match (&mut backend.image, request) {
+            (Image::Overlay(overlay), Request::Read { offset, len }) => {
+                match pieces(overlay, offset..offset.saturating_add(len)) {
+                    Ok(pieces) => pieces,
+                    Err(error) => return Ok(Some((chain, Err(error.into())))),
+                }
+            }
+            _ => None,
+        };
+        // Each request that is still to come has a place of its own.
+        let running = self.pending.iter().flatten().count();
+        let reserved = self.pending.len().saturating_sub(running + 1);
+        let spare = self.ring.room().saturating_sub(reserved);
+        let Some(pieces) = pieces.filter(|pieces| (1..=spare).contains(&pieces.len())) else {
+            let outcome = backend.execute(&request, &chain, memory)?;
+            return Ok(Some((chain, outcome)));
+        };
+        let (token, mut at) = (u64::from(chain.head()), 0u64);
+        for piece in &pieces {
+            let end = at.saturating_add(piece.len);
+            let parts = chain.writable.clip(at..end)?;
+            let parts = parts.map(|part| (part.addr, part.len as usize));
+            let place = (piece.file, piece.offset);
+            if let Err(error) = self.ring.read(token, place, memory, parts) {
+                // Pieces that are in the ring come back without a chain.
+                return refused(chain, error);
+            }
+            at = end;
+        }
+        self.keep(chain, request, pieces.len());
+        Ok(None)
     }
 
     /// Starts what is queued, with one system call.
@@ -235,69 +305,148 @@ impl AsyncEngine {
         &mut self,
         backend: &mut Backend,
         memory: &Memory,
-    ) -> Result<Option<(Chain, Request, Outcome)>, QueueError> {
-        let Some(completion) = self.ring.reap() else {
+    ) -> Result<Option<Ended>, QueueError> {
+        loop {
+            if let Some(ended) = self.ended.pop_front() {
+                return Ok(Some(ended));
+            }
+            let Some(completion) = self.ring.reap() else {
+                return Ok(None);
+            };
+            if let Some(ended) = self.settle(completion, backend, memory)? {
+                return Ok(Some(ended));
+            }
+        }
+    }
+
+    /// Takes note of an operation's end; gives the request if that was the last of it.
+    fn settle(
+        &mut self,
+        completion: Completion,
+        backend: &mut Backend,
+        memory: &Memory,
+    ) -> Result<Option<Ended>, QueueError> {
+        let Completion { token, result } = completion;
+        if token == FLUSH {
+            self.go_on_flushing(backend, result.map(drop));
             return Ok(None);
-        };
-        let index = usize::try_from(completion.token).unwrap_or(usize::MAX);
-        let Some((chain, request)) = self.pending.get_mut(index).and_then(Option::take) else {
+        }
+        let place = self
+            .pending
+            .get_mut(usize::try_from(token).unwrap_or(usize::MAX));
+        let Some(place) = place else {
             // Tokens come back as they were given.
             return Ok(None);
         };
-        let outcome = match (request, completion.result) {
-            (Request::Read { len, .. } | Request::Write { len, .. }, Ok(done)) if done != len => {
+        let Some(pending) = place else {
+            return Ok(None);
+        };
+        match result {
+            Ok(done) => pending.done = pending.done.saturating_add(done),
+            Err(error) => pending.failed = Some(error),
+        }
+        pending.parts = pending.parts.saturating_sub(1);
+        if pending.parts > 0 {
+            return Ok(None);
+        }
+        let Some(Pending {
+            chain,
+            request,
+            done,
+            failed,
+            ..
+        }) = place.take()
+        else {
+            return Ok(None);
+        };
+        if let Image::Overlay(_) = backend.image {
+            self.claims.retain(|(head, _)| *head != chain.head());
+        }
+        let outcome = match (request, failed) {
+            (Request::Read { len, .. } | Request::Write { len, .. }, None) if done != len => {
                 Err(Failure::Short { done, wanted: len })
             }
-            (Request::Read { .. }, Ok(done)) => Ok(done),
-            (_, Ok(_)) => Ok(0),
+            (Request::Read { .. }, None) => Ok(done),
+            (_, None) => match &mut backend.image {
+                Image::Raw(_) => Ok(0),
+                Image::Overlay(overlay) => now_own(overlay, &request),
+            },
             // The host cannot make zeroes this way: find another.
-            (Request::WriteZeroes { .. }, Err(error)) if is_unsupported(&error) => {
+            (Request::WriteZeroes { .. }, Some(error)) if is_unsupported(&error) => {
                 backend.execute(&request, &chain, memory)?
             }
-            (Request::Discard { .. }, Err(error)) => Err(unsupported(error)),
-            (_, Err(error)) => Err(error.into()),
+            (Request::Discard { .. }, Some(error)) => Err(unsupported(error)),
+            (_, Some(error)) => Err(error.into()),
         };
         Ok(Some((chain, request, outcome)))
     }
 
-    /// Waits for everything in flight and forgets it.
-    pub(super) fn abandon(&mut self) -> io::Result<()> {
+    /// Waits for everything in flight; what is over is kept to be given back.
+    fn settle_all(
+        &mut self,
+        backend: &mut Backend,
+        memory: &Memory,
+    ) -> Result<io::Result<()>, QueueError> {
         while self.ring.in_flight() > 0 {
-            self.ring.wait()?;
-            while self.ring.reap().is_some() {}
+            if let Err(error) = self.ring.wait() {
+                return Ok(Err(error));
+            }
+            while let Some(completion) = self.ring.reap() {
+                let ended = self.settle(completion, backend, memory)?;
+                self.ended.extend(ended);
+            }
         }
+        Ok(Ok(()))
+    }
+
+    /// Waits for everything in flight and forgets it.
+    pub(super) fn abandon(&mut self, backend: &mut Backend, memory: &Memory) -> io::Result<()> {
+        // What the ring has done, the overlay has to know; the queue is none any more.
+        let result = match self.settle_all(backend, memory) {
+            Ok(result) => result,
+            Err(error) => Err(io::Error::other(error)),
+        };
         self.pending.fill_with(|| None);
-        Ok(())
+        self.ended.clear();
+        self.claims.clear();
+        self.next_flush.clear();
+        result
     }
 }
 
-/// The data of a write in the readable part.
-fn data_out(len: u64) -> std::ops::Range<u64> {
-    HEADER_SIZE..HEADER_SIZE.saturating_add(len)
-}
-
-fn complete(result: io::Result<usize>, wanted: u64) -> Outcome {
-    match result? as u64 {
-        done if done == wanted => Ok(done),
-        done => Err(Failure::Short { done, wanted }),
+/// The pieces of a read, unless there are too many.
+fn pieces(
+    overlay: &mut Overlay,
+    mut range: Range<u64>,
+) -> io::Result<Option<SmallVec<[Piece; 4]>>> {
+    let mut pieces = SmallVec::new();
+    while !range.is_empty() {
+        if pieces.len() == MAX_PIECES {
+            return Ok(None);
+        }
+        let piece = overlay.piece(range.clone())?;
+        range.start = range.start.saturating_add(piece.len);
+        pieces.push(piece);
     }
+    Ok(Some(pieces))
 }
 
-/// The host refuses empty ranges; for a driver they are done.
-fn nothing_or(len: u64, work: impl FnOnce() -> Result<(), Failure>) -> Outcome {
-    if len > 0 {
-        work()?;
+/// The clusters that `request` has written are the overlay's own.
+fn now_own(overlay: &mut Overlay, request: &Request) -> Outcome {
+    match *request {
+        Request::Write { offset, len }
+        | Request::Discard { offset, len }
+        | Request::WriteZeroes { offset, len, .. } => overlay.written(offset, len)?,
+        Request::Read { .. } | Request::Flush | Request::GetId => {}
     }
     Ok(0)
 }
 
-fn is_unsupported(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::Unsupported
-}
-
-fn unsupported(error: io::Error) -> Failure {
-    if is_unsupported(&error) {
-        return Failure::Unsupported;
+/// What could not be queued, as far as the driver is concerned.
+fn refused(chain: Chain, error: PushError) -> Result<Option<(Chain, Outcome)>, QueueError> {
+    match error {
+        PushError::Memory(error) => Err(QueueError::Memory(error.to_string())),
+        PushError::Offset(error) => Ok(Some((chain, Err(error.into())))),
+        PushError::Full => Ok(Some((chain, Err(io::Error::other(error).into())))),
     }
-    Failure::Io(error)
 }

@@ -1,13 +1,16 @@
-//! virtio-blk (VIRTIO 1.3, 5.2): a raw disk image as a block device.
+//! virtio-blk (VIRTIO 1.3, 5.2): a raw disk image, or an overlay over one, as a block device.
 
+mod backend;
 mod config;
 mod device;
 mod engine;
 mod metrics;
+pub mod overlay;
 mod request;
 mod state;
 mod turn;
 
+pub use backend::Image;
 pub use device::{Block, BlockConfig, BlockError, CacheType};
 pub use engine::EngineKind;
 pub use metrics::BlockMetrics;

@@ -48,7 +48,7 @@ impl Block {
         } = self;
         BlockState {
             features: *features,
-            sectors: backend.disk.sectors(),
+            sectors: backend.image.sectors(),
             serial: backend.serial,
             limiter: limiter.save(),
         }
@@ -80,7 +80,7 @@ impl Block {
             return Err(RestoreError::ReadOnly(was_read_only));
         }
         // A file system on a disk that is suddenly smaller, or larger, than it knows loses data.
-        let (saved, present) = (*sectors, self.backend.disk.sectors());
+        let (saved, present) = (*sectors, self.backend.image.sectors());
         if saved != present {
             return Err(RestoreError::Sectors { saved, present });
         }

@@ -8,6 +8,7 @@ use virtio_bindings::bindings::virtio_blk::*;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::tempdir::TempDir;
 
+use super::backend::Image;
 use super::device::{Block, BlockConfig, BlockError, CacheType};
 use super::engine::EngineKind;
 use super::request::status;
@@ -18,6 +19,7 @@ use crate::virtio::testing::{Buffer, TestDriver};
 mod data;
 mod hostile;
 mod lifecycle;
+mod overlay;
 
 const ENGINES: [EngineKind; 2] = [EngineKind::Sync, EngineKind::Async];
 const SECTOR: usize = 512;
@@ -114,6 +116,8 @@ struct Options {
     rate_limiter: RateLimiterConfig,
     /// The image lies in this folder.
     folder: &'static str,
+    /// The disk is an overlay, and under it are so many layers.
+    layers: Option<usize>,
 }
 
 impl Options {
@@ -125,6 +129,7 @@ impl Options {
             queue_size: 64,
             rate_limiter: RateLimiterConfig::default(),
             folder: "/tmp",
+            layers: None,
         }
     }
 }
@@ -139,7 +144,10 @@ impl Rig {
         let path = dir.as_path().join("image");
         std::fs::write(&path, image).unwrap();
         let block = Block::new(BlockConfig {
-            disk: open_disk(&path, options.read_only).unwrap(),
+            image: match options.layers {
+                None => open_disk(&path, options.read_only).unwrap().into(),
+                Some(layers) => overlay::stack(&path, layers).into(),
+            },
             serial: None,
             cache: options.cache,
             engine: options.engine,
@@ -269,8 +277,11 @@ impl Rig {
         self.ask(ask).status
     }
 
-    fn image(&self) -> Vec<u8> {
-        std::fs::read(&self.path).unwrap()
+    fn image(&mut self) -> Vec<u8> {
+        match &mut self.block.backend.image {
+            Image::Raw(_) => std::fs::read(&self.path).unwrap(),
+            Image::Overlay(overlay) => overlay::content(overlay),
+        }
     }
 
     fn config<const N: usize>(&self, offset: u64) -> [u8; N] {

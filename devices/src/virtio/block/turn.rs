@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::engine::{AsyncEngine, Backend, Failure, Outcome};
+use super::backend::{Backend, Failure, Outcome};
+use super::engine::AsyncEngine;
 use super::metrics::BlockMetrics;
 use super::request::{self, Refusal, Request, Rules, status};
 use crate::Memory;

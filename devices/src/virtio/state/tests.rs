@@ -45,7 +45,7 @@ fn block(folder: &TempDir, sectors: u64, read_only: bool) -> SharedDevice {
     let file = std::fs::File::create(&path).unwrap();
     file.set_len(sectors * 512).unwrap();
     let block = Block::new(BlockConfig {
-        disk: open_disk(&path, read_only).unwrap(),
+        image: open_disk(&path, read_only).unwrap().into(),
         serial: None,
         cache: CacheType::Writeback,
         engine: EngineKind::Sync,

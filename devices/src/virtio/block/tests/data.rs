@@ -6,7 +6,7 @@ use super::*;
 
 /// One step of a driver.
 #[derive(Debug, Clone)]
-enum Step {
+pub(super) enum Step {
     Read(u64, usize),
     Write(u64, Vec<u8>),
     Zero {
@@ -22,9 +22,10 @@ const SECTORS: usize = 32;
 /// Sectors that one step of a batch may touch, so that the order of a batch does not matter.
 const STRIPE: u64 = 8;
 
-fn step() -> impl Strategy<Value = Step> {
-    let place =
-        (0..STRIPE, 0..=STRIPE as usize).prop_map(|(at, n)| (at, n.min((STRIPE - at) as usize)));
+/// A step in a stripe of so many sectors.
+pub(super) fn step(stripe: u64) -> impl Strategy<Value = Step> {
+    let place = (0..stripe, 0..=stripe as usize)
+        .prop_map(move |(at, n)| (at, n.min((stripe - at) as usize)));
     (0..6u8, place, any::<u8>(), any::<bool>()).prop_map(|(kind, (sector, n), byte, unmap)| {
         let sectors = n as u32;
         match kind {
@@ -45,9 +46,8 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 impl Step {
-    /// The request, in stripe `stripe` of the disk.
-    fn ask(&self, stripe: usize, cut: Option<usize>) -> Ask {
-        let base = stripe as u64 * STRIPE;
+    /// The request, in the stripe that starts at sector `base`.
+    pub(super) fn ask(&self, base: u64, cut: Option<usize>) -> Ask {
         let ask = match self {
             Step::Read(sector, n) => Ask::read(base + sector, *n),
             Step::Write(sector, bytes) => Ask::write(base + sector, bytes.clone()),
@@ -66,9 +66,9 @@ impl Step {
     }
 
     /// The same on a plain array of bytes; gives what is read.
-    fn model(&self, stripe: usize, disk: &mut [u8]) -> Vec<u8> {
+    pub(super) fn model(&self, base: u64, disk: &mut [u8]) -> Vec<u8> {
         let range = |sector: u64, n: usize| {
-            let start = (stripe as u64 * STRIPE + sector) as usize * SECTOR;
+            let start = (base + sector) as usize * SECTOR;
             start..start + n * SECTOR
         };
         match self {
@@ -95,11 +95,11 @@ fn agrees_with_model(options: Options, batches: &[(Vec<Step>, Option<usize>)]) {
         let asks: Vec<_> = steps
             .iter()
             .enumerate()
-            .map(|(i, step)| step.ask(i, *cut))
+            .map(|(i, step)| step.ask(i as u64 * STRIPE, *cut))
             .collect();
         let answers = rig.ask_all(&asks);
         for (i, (step, answer)) in steps.iter().zip(answers).enumerate() {
-            let expected = step.model(i, &mut model);
+            let expected = step.model(i as u64 * STRIPE, &mut model);
             assert_eq!(answer.status, status::OK, "{step:?}");
             assert_eq!(answer.used_len as usize, expected.len() + 1, "{step:?}");
             assert_eq!(answer.data, expected, "{step:?}");
@@ -117,7 +117,7 @@ proptest! {
         on_tmpfs: bool,
         through: bool,
         batches in prop::collection::vec(
-            (prop::collection::vec(step(), 1..=4), prop::option::of(300usize..5000)), 1..12),
+            (prop::collection::vec(step(STRIPE), 1..=4), prop::option::of(300usize..5000)), 1..12),
     ) {
         let engine = if asynchronous { EngineKind::Async } else { EngineKind::Sync };
         let mut options = Options::new(engine);

@@ -237,7 +237,7 @@ fn fill_host_disk(engine: EngineKind, folder: &Path) {
         .unwrap();
     let mut rig = Rig::new(engine, &pattern(8));
     rig.block
-        .update_backend(open_disk(&path, false).unwrap())
+        .update_backend(open_disk(&path, false).unwrap().into())
         .unwrap();
     let mut acknowledged = 0;
     let full = (0..64).any(|i| {

@@ -50,7 +50,7 @@ fn impossible_queue_sizes_are_refused() {
     std::fs::write(&path, [0; 512]).unwrap();
     for queue_size in [0, 3, 1000, 2048, u16::MAX] {
         let refused = Block::new(BlockConfig {
-            disk: open_disk(&path, true).unwrap(),
+            image: open_disk(&path, true).unwrap().into(),
             serial: None,
             cache: CacheType::Unsafe,
             engine: EngineKind::Async,
@@ -86,7 +86,7 @@ fn the_serial_number_is_the_images_or_the_configured_one() {
 
     let serial = *b"configured-serial-20";
     let mut block = Block::new(BlockConfig {
-        disk: open_disk(&rig.path, true).unwrap(),
+        image: open_disk(&rig.path, true).unwrap().into(),
         serial: Some(serial),
         cache: CacheType::Unsafe,
         engine: EngineKind::Sync,
@@ -249,7 +249,7 @@ fn another_image_takes_the_place_of_the_first() {
         }
         rig.kick().unwrap();
         rig.block
-            .update_backend(open_disk(&path, false).unwrap())
+            .update_backend(open_disk(&path, false).unwrap().into())
             .unwrap();
         assert_eq!(rig.driver.queues[0].used().len(), 8);
         assert!(rig.image().iter().all(|&b| b == 1));
@@ -265,7 +265,9 @@ fn another_image_takes_the_place_of_the_first() {
         file.read_exact_at(&mut byte, 15 * 512).unwrap();
         assert_eq!(byte, [2]);
 
-        let refused = rig.block.update_backend(open_disk(&path, true).unwrap());
+        let refused = rig
+            .block
+            .update_backend(open_disk(&path, true).unwrap().into());
         assert!(matches!(refused, Err(BlockError::ReadOnly(true))));
         assert_eq!(rig.status_of(&Ask::read(0, 1)), status::OK);
         let metrics = rig.block.metrics();

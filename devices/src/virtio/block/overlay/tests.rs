@@ -1,0 +1,3 @@
+//! Overlays against an array of bytes.
+
+pub(in crate::virtio::block) mod crash;
