@@ -37,6 +37,7 @@ const BARS: &[Bar] = &[
     bar("start.life", "floor-split", 1.15),
     bar("start.life", "firecracker", 0.55),
     bar("weight.devices", "firecracker", 0.6),
+    bar("weight.after-io", "firecracker", 0.6),
     bar("density.rate", "firecracker", 2.0),
     bar("density.idle-cpu", ITSELF, 1.0),
     bar("clone.first-instruction", ITSELF, 1.0),

@@ -124,6 +124,11 @@ pub const BENCHMARKS: &[Benchmark] = &[
                 "Resident beyond guest memory, a drive, an interface and vsock",
                 "KiB",
             ),
+            lower(
+                "weight.after-io",
+                "Resident beyond guest memory, a drive, an interface and vsock, each after seconds of load",
+                "KiB",
+            ),
             lower("weight.program", "Size of the program's file", "KiB"),
         ],
         cases: measure::weight::cases,

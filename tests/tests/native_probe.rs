@@ -16,6 +16,7 @@ fn main() -> ExitCode {
         [
             test!(it_boots_by_both_protocols),
             test!(it_leaves_the_guest_as_often_as_it_is_told),
+            test!(modes_follow_each_other),
             test!(it_touches_all_memory),
             test!(what_it_writes_is_on_the_drive),
             test!(what_is_on_the_drive_it_reads),
@@ -78,6 +79,20 @@ fn it_leaves_the_guest_as_often_as_it_is_told() {
             "{result}"
         );
     }
+}
+
+fn modes_follow_each_other() {
+    let modes = ["port_read", "kick", "port_write"];
+    let mut probe = probe(&format!("probe.mode={} probe.count=10", modes.join(",")));
+    probe.drive("d", "Sync", &[0; 512]);
+    let told = told(probe);
+    let told: Vec<_> = told
+        .iter()
+        .map(|told| (&told["mode"], &told["ops"]))
+        .collect();
+    let expected = modes.map(|mode| (json!(mode), json!(10)));
+    let expected: Vec<_> = expected.iter().map(|(mode, ops)| (mode, ops)).collect();
+    assert_eq!(told, expected);
 }
 
 fn it_touches_all_memory() {

@@ -23,7 +23,7 @@ const QEMU: &str = "qemu";
 /// The benchmark that needs a Linux guest.
 const LINUX: &str = "boot";
 /// The benchmarks that need the probe guest.
-const PROBED: [&str; 4] = ["exits", "blk", "net", "vsock"];
+const PROBED: [&str; 5] = ["weight", "exits", "blk", "net", "vsock"];
 const QEMU_PACKAGES: [&str; 1] = ["qemu-system-x86"];
 
 #[derive(Debug, Args)]

@@ -248,6 +248,12 @@ fn end(wire: &Wire, running: &Running) -> Result<(), Failure> {
     send_all(wire, running, &[last])
 }
 
+/// Waits for a guest that sends frames back, and sends it frames for a second, 32 at a time.
+pub fn play_32(tap: &str, running: &mut Running) -> Result<(), Failure> {
+    running.says(READY, "the guest's readiness")?;
+    play(&wire(tap)?, running, 32)
+}
+
 fn play(wire: &Wire, running: &Running, depth: u64) -> Result<(), Failure> {
     let mut frames = Vec::new();
     for number in 0..depth {

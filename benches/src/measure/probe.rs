@@ -71,7 +71,7 @@ impl Run {
 }
 
 /// Ticks of the time stamp counter in a millisecond, as KVM says.
-fn tsc_khz() -> Result<u32, Failure> {
+pub fn tsc_khz() -> Result<u32, Failure> {
     static KHZ: OnceLock<Result<u32, String>> = OnceLock::new();
     let ask = || {
         let ask = || Kvm::new()?.create_vm()?.create_vcpu(0)?.get_tsc_khz();
@@ -111,7 +111,7 @@ pub fn run(
     with: impl FnOnce(&mut Machine) -> Result<(), Failure>,
     host: impl FnOnce(&mut Running) -> Result<(), Failure>,
 ) -> Result<Run, Failure> {
-    let kernel = probe(context)?;
+    let kernel = program(context)?;
     let place = Place::new(Guest::Reset, context.patience)?;
     let line = format!("{arguments} probe.tsc_khz={}", tsc_khz()?);
     let before = children()?;
@@ -163,7 +163,8 @@ pub fn run(
     })
 }
 
-fn probe(context: &Context) -> Result<PathBuf, Failure> {
+/// The probe guest.
+pub fn program(context: &Context) -> Result<PathBuf, Failure> {
     match &context.probe {
         Some(path) => Ok(std::path::absolute(path)?),
         None => Err(Failure::NotOffered(

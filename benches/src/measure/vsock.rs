@@ -3,6 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -56,7 +57,7 @@ const LOADS: [Load; 4] = [
 ];
 
 /// The host's port that the guest connects to.
-const PORT: u32 = 5000;
+pub const PORT: u32 = 5000;
 /// Bytes that the host moves by one system call.
 const CHUNK: usize = 256 << 10;
 
@@ -75,11 +76,21 @@ pub fn cases(context: &Context) -> Vec<Case<'_>> {
     all
 }
 
+/// The socket of a machine's vsock.
+pub fn socket(place: &Place) -> PathBuf {
+    place.folder().join("v.sock")
+}
+
+/// Where all of these VMMs lead a guest that connects to [`PORT`] of the host.
+pub fn listener(place: &Place) -> Result<UnixListener, Failure> {
+    let path = place.folder().join(format!("v.sock_{PORT}"));
+    Ok(UnixListener::bind(path)?)
+}
+
 fn run(context: &Context, side: &Side, load: &Load) -> Result<Vec<Reading>, Failure> {
     let place = Place::new(Guest::Reset, context.patience)?;
-    let socket = place.folder().join("v.sock");
-    // All of these VMMs lead a guest that connects to a port of the host there.
-    let listener = UnixListener::bind(place.folder().join(format!("v.sock_{PORT}")))?;
+    let socket = socket(&place);
+    let listener = listener(&place)?;
     // Packets as Linux makes them: up to 64 KiB to the host, a page each to the guest.
     let mode = match load.from {
         From::Guest => "probe.mode=vsock_tx probe.size=65536",
@@ -94,7 +105,7 @@ fn run(context: &Context, side: &Side, load: &Load) -> Result<Vec<Reading>, Fail
         Ok(())
     };
     let run = probe::run(context, side, &arguments, with, |running| {
-        stream(running, &listener, load)
+        stream(running, &listener, load.from, load.connections)
     })?;
     let [rate, processor] = *load.figures;
     let mib = run.told.bytes as f64 / f64::from(1 << 20);
@@ -110,17 +121,27 @@ fn run(context: &Context, side: &Side, load: &Load) -> Result<Vec<Reading>, Fail
     ])
 }
 
+/// Takes what a guest sends on 32 connections, to the end.
+pub fn take_32(running: &Running, listener: &UnixListener) -> Result<(), Failure> {
+    stream(running, listener, From::Guest, 32)
+}
+
 /// The host's part: takes or sends until the guest is done.
-fn stream(running: &Running, listener: &UnixListener, load: &Load) -> Result<(), Failure> {
+fn stream(
+    running: &Running,
+    listener: &UnixListener,
+    from: From,
+    connections: usize,
+) -> Result<(), Failure> {
     let mut streams = Vec::new();
-    while streams.len() < load.connections {
+    while streams.len() < connections {
         running.readable(listener.as_fd(), "the guest's connection")?;
         let (stream, _) = listener.accept()?;
         stream.set_nonblocking(true)?;
         streams.push(stream);
     }
     let mut buffer = vec![0; CHUNK];
-    let event = match load.from {
+    let event = match from {
         From::Guest => PollFlags::IN,
         From::Host => PollFlags::OUT,
     };
@@ -143,7 +164,7 @@ fn stream(running: &Running, listener: &UnixListener, load: &Load) -> Result<(),
         let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
         let mut ready = ready.into_iter();
         streams.retain_mut(|stream| {
-            !ready.next().unwrap_or(false) || go_on(stream, load.from, &mut buffer)
+            !ready.next().unwrap_or(false) || go_on(stream, from, &mut buffer)
         });
     }
     Ok(())

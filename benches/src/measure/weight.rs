@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Case, Context, Place, Reading, UP, UP_IN_WORDS, for_each};
+use super::{Case, Context, Place, Reading, UP, UP_IN_WORDS, for_each, net, probe, vsock};
 use crate::guest::Guest;
 use crate::machine::{Drive, Engine, Machine};
 use crate::process::Failure;
@@ -11,7 +11,14 @@ use crate::side::{Driver, Means};
 const BARE: &str = "weight.bare";
 const DRIVE: &str = "weight.drive";
 const DEVICES: &str = "weight.devices";
+const BUSY: &str = "weight.after-io";
 const PROGRAM: &str = "weight.program";
+
+/// Each device under load, one after the other, then nothing any more.
+const EVERYTHING: &str = "probe.mode=blk_write,blk_read,net_echo,vsock_tx,idle probe.pattern=random probe.size=4096 \
+     probe.qd=128 probe.seconds=2 probe.connections=32";
+/// What the guest says then.
+const DONE: &[u8] = b"\"mode\":\"idle\"";
 
 /// All of it.
 pub fn cases(context: &Context) -> Vec<Case<'_>> {
@@ -29,6 +36,9 @@ pub fn cases(context: &Context) -> Vec<Case<'_>> {
     }));
     all.extend(for_each(context, &[DEVICES], move |driver| {
         with_devices(context, driver)
+    }));
+    all.extend(for_each(context, &[BUSY], move |driver| {
+        after_io(context, driver)
     }));
     all.extend(context.sides.iter().filter_map(|side| match side.means {
         Means::Vmm(_) => Some(Case {
@@ -61,6 +71,38 @@ fn with_devices(context: &Context, driver: &dyn Driver) -> Result<Vec<Reading>, 
     machine.taps = context.taps(1)?;
     machine.vsock = Some(place.folder().join("v.sock"));
     weigh(driver, &place, &machine, DEVICES)
+}
+
+/// The machine with all devices, when its guest has used them.
+fn after_io(context: &Context, driver: &dyn Driver) -> Result<Vec<Reading>, Failure> {
+    if !driver.has_mmio_devices() {
+        return Err(Failure::NotOffered(
+            "the probe drives devices of virtio-mmio".to_owned(),
+        ));
+    }
+    let place = Place::new(Guest::Reset, context.patience)?;
+    let mut machine = place.machine();
+    machine.kernel = probe::program(context)?;
+    machine.command_line = format!(
+        "{EVERYTHING} probe.port={} probe.tsc_khz={}",
+        vsock::PORT,
+        probe::tsc_khz()?
+    );
+    machine.drives.push(sparse_drive(&place, "drive")?);
+    machine.taps = context.taps(1)?;
+    let listener = vsock::listener(&place)?;
+    machine.vsock = Some(vsock::socket(&place));
+    let mut running = place.boots(driver, &machine)?;
+    for tap in &machine.taps {
+        net::play_32(tap, &mut running)?;
+    }
+    vsock::take_32(&running, &listener)?;
+    running.says(DONE, "the end of the guest's work")?;
+    let value = resident_beyond_guest(running.pid())?;
+    Ok(vec![Reading {
+        figure: BUSY,
+        value,
+    }])
 }
 
 fn weigh(

@@ -1,4 +1,4 @@
-//! A guest that measures: one mode a life, chosen on the command line, with results on the serial port.
+//! A guest that measures: modes chosen on the command line, one after the other, with results on the serial port.
 //!
 //! A result is a line `PROBE {...}` of JSON. Times are ticks of the time stamp counter. After the last one the machine
 //! is reset.
@@ -14,6 +14,8 @@
 //! | `net_tx` | sends UDP frames, or TCP frames to be cut into segments | `interface`, `size`, `qd`, `ip`, `port`, `peer`, `peer_port`, `peer_mac`, `offload` |
 //! | `net_rx`, `net_echo` | counts UDP frames to `port`, or sends them back | as above; a first 64-bit word of all ones ends it |
 //! | `vsock_tx`, `vsock_rx`, `vsock_echo` | streams to and from the host | `port`, `connections`, `listen`, `size`, `verify` |
+//!
+//! Several modes, with commas between them, share their arguments.
 //!
 //! All that repeat something do so `count` times, or for `seconds` (`tsc_khz` says how long a second is).
 //! `probe.find=acpi` finds the devices by ACPI even if the command line has them. `probe.event_idx=0` does without
@@ -39,7 +41,11 @@ use guest::{arguments, boot, program, say};
 program!(main);
 
 fn main() {
-    let mode = arguments::text("mode").unwrap_or("reset");
+    let modes = arguments::text("mode").unwrap_or("reset");
+    modes.split(',').for_each(run);
+}
+
+fn run(mode: &str) {
     match mode {
         "reset" => {}
         "idle" => {
