@@ -201,7 +201,7 @@ impl Overlay {
         let mut next = Overlay::make(chain.clone(), next, path)?;
         next.writes_through = self.writes_through;
         // From here on nobody writes it, so its lock is one that its readers share.
-        lock::shared(self.own.file(), &own)?;
+        lock::shared(&self.holder, &own)?;
         chain.lock_top()?;
         self.own.write_all(&header.to_bytes(), 0).map_err(failed)?;
         let bits = self.bitmap.take_dirty();

@@ -1,16 +1,38 @@
 //! Who may have a file: many readers, or one who writes it. The locks (flock(2)) go with the open file, so also when
 //! the process is killed.
 
-use std::fs::{File, TryLockError};
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use rustix::fs::OFlags;
+
 use super::error::OverlayError;
 
-/// An io_uring gives back its files a moment after its process has ended: as long is waited.
+/// Files that an io_uring has are given back a moment after its process has ended: as long is waited.
 const PATIENCE: Duration = Duration::from_secs(1);
 const STEP: Duration = Duration::from_millis(2);
+
+/// A descriptor of `file` to hold its lock by, which no io_uring is given: with one, the lock would outlive the process,
+/// by seconds on a busy host. Where `path` does not lead to the file it is a copy, and that cannot be had.
+pub(super) fn holder(file: &File, path: &Path) -> io::Result<File> {
+    // Never waits, should the path lead to something else.
+    let other = OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlags::NONBLOCK.bits() as i32)
+        .open(path);
+    let mine = file.metadata()?;
+    if let Ok(other) = other
+        && let Ok(its) = other.metadata()
+        && (its.dev(), its.ino()) == (mine.dev(), mine.ino())
+    {
+        return Ok(other);
+    }
+    file.try_clone()
+}
 
 /// Lets many read `file`; who would write it has to wait until none does.
 pub(super) fn shared(file: &File, path: &Path) -> Result<(), OverlayError> {

@@ -49,6 +49,8 @@ use self::store::Store;
 /// See the module.
 pub struct Overlay {
     own: Store,
+    /// Has the lock on it.
+    holder: File,
     header: Header,
     chain: Chain,
     map: Map,

@@ -40,23 +40,25 @@ impl Overlay {
             return Self::make(chain, file.map_err(failed)?, path);
         }
         let disk = open_disk(path, read_only)?;
+        let holder = lock::holder(disk.file(), path).map_err(failed)?;
         match read_only {
-            true => lock::shared(disk.file(), path)?,
-            false => lock::exclusive(disk.file(), path)?,
+            true => lock::shared(&holder, path)?,
+            false => lock::exclusive(&holder, path)?,
         }
-        Self::of_disk(chain, disk)
+        Self::of_disk(chain, disk, holder)
     }
 
     /// Makes an overlay in `file`, which is empty, or was being made when that was interrupted. `path` is where it is,
     /// or what messages call it.
     pub fn make(chain: Chain, file: File, path: &Path) -> Result<Self, OverlayError> {
         let failed = |source| OverlayError::io(path, source);
-        lock::exclusive(&file, path)?;
+        let holder = lock::holder(&file, path).map_err(failed)?;
+        lock::exclusive(&holder, path)?;
         let metadata = file.metadata().map_err(failed)?;
         if metadata.len() > HEADER_SIZE as u64 {
             // Somebody else made it between two looks at it.
             let disk = disk_of(file, path, false)?;
-            return Self::of_disk(chain, disk);
+            return Self::of_disk(chain, disk, holder);
         }
         let header = chain.header_above(new_id(&metadata));
         // The length last: a file that has it has all.
@@ -74,11 +76,12 @@ impl Overlay {
             reader: None,
             pending: None,
             own: Store::new(disk),
+            holder,
             chain,
         })
     }
 
-    fn of_disk(chain: Chain, disk: Disk) -> Result<Self, OverlayError> {
+    fn of_disk(chain: Chain, disk: Disk, holder: File) -> Result<Self, OverlayError> {
         let path = disk.path().to_owned();
         let failed = |source| OverlayError::io(&path, source);
         let header = read_header(&disk)?;
@@ -111,6 +114,7 @@ impl Overlay {
             reader: None,
             pending: None,
             own: Store::new(disk),
+            holder,
             chain,
         };
         if is_reset && !overlay.disk().read_only() {
