@@ -5,9 +5,10 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, OFlags, fstat, open};
+use rustix::fs::OFlags;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -149,16 +150,14 @@ fn refuse_duplicates<'a>(
 fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
     let mut content = Vec::new();
     // Opened without blocking: a named pipe must be refused, not waited for.
-    let file = open(
-        path,
-        OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?;
-    if FileType::from_raw_mode(fstat(&file)?.st_mode) == FileType::Fifo {
+    let file = File::options()
+        .read(true)
+        .custom_flags(OFlags::NONBLOCK.bits() as i32)
+        .open(path)?;
+    if file.metadata()?.file_type().is_fifo() {
         return Err(io::Error::other("a named pipe cannot be a configuration"));
     }
-    File::from(file)
-        .take(MAX_FILE.saturating_add(1))
+    file.take(MAX_FILE.saturating_add(1))
         .read_to_end(&mut content)?;
     if content.len() as u64 > MAX_FILE {
         return Err(io::Error::new(

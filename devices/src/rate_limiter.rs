@@ -196,6 +196,8 @@ pub struct RateLimiter {
     start: Instant,
     /// There also for an unlimited limiter: its descriptor is watched from the start, and an update may limit later.
     timer: TimerFd,
+    /// When the timer expires, in nanoseconds since `start`.
+    due_ns: u64,
     blocked: bool,
 }
 
@@ -207,6 +209,7 @@ impl RateLimiter {
             ops: config.ops.and_then(|b| TokenBucket::new(b, 0)),
             start: Instant::now(),
             timer: TimerFd::new().map_err(io::Error::from)?,
+            due_ns: 0,
             blocked: false,
         })
     }
@@ -251,8 +254,8 @@ impl RateLimiter {
     /// To be called when the timer's descriptor was readable. True: the refused operation may be tried again.
     /// Harmless at any other time.
     pub fn on_timer(&mut self) -> bool {
-        // An armed timer has not expired: the event is a stale one.
-        if !self.blocked || self.timer.is_armed().unwrap_or(false) {
+        // Before its time: the event is a stale one.
+        if !self.blocked || self.now_ns() < self.due_ns {
             return false;
         }
         self.blocked = false;
@@ -286,6 +289,7 @@ impl RateLimiter {
             ops,
             start: _,
             timer: _,
+            due_ns: _,
             // What was refused is tried again after a load.
             blocked: _,
         } = self;
@@ -314,6 +318,9 @@ impl RateLimiter {
     fn arm(&mut self, delay: Duration) {
         // The kernel's seconds are signed; a wait of centuries may as well be cut to one.
         let delay = delay.min(Duration::from_secs(100 * 365 * 86_400));
+        let delay_ns = u64::try_from(delay.as_nanos()).unwrap_or(u64::MAX);
+        // Read before the kernel reads its clock: the timer does not expire before this.
+        self.due_ns = self.now_ns().saturating_add(delay_ns);
         if let Err(error) = self.timer.reset(delay, None) {
             // Cannot happen with a valid descriptor and time. Better unlimited than stuck for good.
             log::error!("rate limiter: cannot arm its timer: {error}; limits are lifted");

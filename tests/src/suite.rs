@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use landlock::{AccessFs, Ruleset, RulesetAttr, RulesetStatus};
 use libtest_mimic::{Arguments, Trial};
 
 use crate::programs;
@@ -16,6 +17,8 @@ pub enum Need {
     HardwareKvm,
     /// The right to make network devices.
     Root,
+    /// A kernel that lets a process give up files.
+    Landlock,
     /// A program in the `PATH`.
     Program(&'static str),
     /// An environment variable with the path of an existing file, such as a kernel.
@@ -29,6 +32,7 @@ impl Need {
             Need::Kvm => programs::kvm().err(),
             Need::HardwareKvm => programs::hardware_kvm().err(),
             Need::Root => (!rustix::process::geteuid().is_root()).then(|| "needs root".to_owned()),
+            Need::Landlock => (!has_landlock()).then(|| "the kernel has no Landlock".to_owned()),
             Need::Program(name) => {
                 (!programs::is_in_path(name)).then(|| format!("there is no program {name}"))
             }
@@ -39,6 +43,16 @@ impl Need {
             },
         }
     }
+}
+
+/// On a thread of its own, which gives up files to see.
+fn has_landlock() -> bool {
+    let restrict = || {
+        let ruleset = Ruleset::default().handle_access(AccessFs::ReadFile)?;
+        ruleset.create()?.restrict_self()
+    };
+    let status = std::thread::spawn(restrict).join();
+    matches!(status, Ok(Ok(status)) if status.ruleset != RulesetStatus::NotEnforced)
 }
 
 /// One test.

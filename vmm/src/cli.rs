@@ -70,6 +70,11 @@ pub struct Cli {
     #[arg(long)]
     pub no_seccomp: bool,
 
+    /// Folder or file that requests may name once the machine was started; nothing else is then in reach but the folders
+    /// of drives. May be repeated [default: /].
+    #[arg(long, value_name = "PATH")]
+    pub allow_path: Vec<PathBuf>,
+
     /// Most bytes of an API request's body [default: 51200].
     #[arg(long, value_name = "BYTES")]
     pub http_api_max_payload_size: Option<usize>,

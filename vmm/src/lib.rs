@@ -19,6 +19,7 @@ pub mod memory;
 pub mod metrics;
 pub mod overlay;
 pub mod process;
+pub mod reach;
 pub mod seccomp;
 pub mod signal;
 pub mod snapshot;

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
@@ -20,8 +21,10 @@ use lepton_vmm::events::{self, Loop};
 use lepton_vmm::exit::ExitCode;
 use lepton_vmm::kvm;
 use lepton_vmm::machine::boot_timer::time_on;
+use lepton_vmm::memory;
 use lepton_vmm::overlay::{self, OverlayFailure};
 use lepton_vmm::process;
+use lepton_vmm::reach;
 use lepton_vmm::seccomp::{Filters, Thread};
 use lepton_vmm::signal::{self, OrderlyEnds};
 use rustix::time::ClockId;
@@ -109,6 +112,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
     let filters = Arc::new(filters);
     let host = |what| failure::<io::Error>(ExitCode::Failure, what);
     let inherited = take_descriptors(&cli)?;
+    let allow_path = allowed_paths(&cli)?;
     // The log first: what the API's thread says is to go where the command line says.
     lepton_vmm::log::init(cli.id());
     lepton_vmm::log::configure(&log_settings(&cli))
@@ -137,12 +141,20 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
     let options = Options {
         id: cli.id().to_owned(),
         boot_timer: cli.boot_timer,
-        confine_vcpu: Arc::new(move || of_vcpu.confine(Thread::Vcpu).map_err(io::Error::other)),
+        confine_vcpu: Arc::new(move || {
+            reach::give_up_files().map_err(io::Error::other)?;
+            of_vcpu.confine(Thread::Vcpu).map_err(io::Error::other)
+        }),
+        allow_path,
+        sockets: (cli.adopt.iter().cloned())
+            .chain((!cli.no_api).then(|| cli.api_socket().to_owned()))
+            .collect(),
     };
     let mut controller =
         Controller::new(options, mailbox).map_err(failure(ExitCode::Failure, "defaults"))?;
     // Before the filter: the first look at the clock asks the kernel where it is.
     time_on(ClockId::Monotonic);
+    memory::measure_host();
     controller.metrics_mut().startup_us = startup(&cli);
     // From here on come files and requests that are not ours.
     filters
@@ -175,6 +187,19 @@ fn offers(
     };
     let (source, file) = Source::bind(path).map_err(failure(ExitCode::Failure, "--adopt"))?;
     Ok((Some(source), Some(file)))
+}
+
+/// Where requests may open files after the start.
+fn allowed_paths(cli: &Cli) -> Result<Vec<PathBuf>, Failure> {
+    for path in &cli.allow_path {
+        let named = format!("--allow-path {}", path.display());
+        std::fs::metadata(path).map_err(failure(ExitCode::BadArguments, &named))?;
+    }
+    Ok(match cli.allow_path.as_slice() {
+        // Clients of Firecracker save machines wherever they like.
+        [] => vec!["/".into()],
+        paths => paths.to_vec(),
+    })
 }
 
 /// Takes what this process was started with, before any other descriptor is opened.
@@ -293,7 +318,10 @@ impl Api {
             .name("api".into())
             .stack_size(512 << 10)
             .spawn(move || {
-                if let Err(error) = filters.confine(Thread::Api) {
+                let without_files = reach::give_up_files().map_err(io::Error::other);
+                let confined = without_files
+                    .and_then(|()| filters.confine(Thread::Api).map_err(io::Error::other));
+                if let Err(error) = confined {
                     log::error!("the API cannot be confined: {error}");
                     return mailbox.send(Message::End(ExitCode::Failure));
                 }

@@ -23,6 +23,7 @@ use crate::machine::restore::RestoreMachineError;
 use crate::machine::state::MachineState;
 use crate::memory::base::{Base, BaseError};
 use crate::memory::{self, MemoryError, Origin, Ram};
+use crate::reach::ReachError;
 
 /// Why an offered machine is refused. This process is as before.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +55,8 @@ pub enum AdoptError {
     Restore(#[from] RestoreMachineError),
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    #[error(transparent)]
+    Files(#[from] ReachError),
     #[error("host: {0}")]
     Host(#[from] io::Error),
 }

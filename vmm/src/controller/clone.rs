@@ -183,6 +183,7 @@ impl Controller {
         };
         let built = restore::restore(&hypervisor, restoration, self.surroundings())?;
         self.configuration = adopted.configuration;
+        self.give_up_files(self.reach())?;
         Ok(Restored {
             paused: self.adopt(built, room, events),
             resume: adopted.resume,

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +26,7 @@ use crate::machine::Paused;
 use crate::machine::build::{self, Blueprint, BuildError, Built, Console, Surroundings};
 use crate::memory::small_pages::SmallPages;
 use crate::metrics::{Counted, Groups, Metrics, OPEN_METRICS};
+use crate::reach::{Reach, ReachError, Within};
 use crate::vcpu::Stop;
 use crate::vcpu::state::Saveable;
 
@@ -42,6 +44,10 @@ pub struct Options {
     pub boot_timer: bool,
     /// Runs first on each vCPU thread: its confinement.
     pub confine_vcpu: Arc<dyn Fn() -> io::Result<()> + Send + Sync>,
+    /// Where requests may open files once the machine was started: `--allow-path`.
+    pub allow_path: Vec<PathBuf>,
+    /// The process's own sockets: the API's, and that of `--adopt`.
+    pub sockets: Vec<PathBuf>,
 }
 
 /// Whether the process goes on.
@@ -66,6 +72,8 @@ pub struct Controller {
     pub(super) saveable: Option<Saveable>,
     metrics: Metrics,
     terminal: Option<RawTerminal>,
+    /// Where files can be opened, once the machine was started.
+    within: Option<Within>,
 }
 
 pub(super) fn refused(error: impl std::fmt::Display) -> Fault {
@@ -84,6 +92,7 @@ impl Controller {
             saveable: None,
             metrics: Metrics::default(),
             terminal: None,
+            within: None,
         })
     }
 
@@ -223,11 +232,10 @@ impl Controller {
                 .put_drive(drive)
                 .map(done)
                 .map_err(refused),
-            Action::PatchDrive(patch) => configuration
-                .devices
-                .patch_drive(&patch)
-                .map(done)
-                .map_err(refused),
+            Action::PatchDrive(patch) => {
+                let patched = configuration.devices.patch_drive(&patch);
+                patched.map(done).map_err(|error| self.outside(error))
+            }
             Action::ResetDrive(id) => configuration
                 .devices
                 .reset_drive(&id)
@@ -308,6 +316,7 @@ impl Controller {
             HugePages::Hugetlbfs2M | HugePages::Transparent => None,
         };
         let built = build::build(&hypervisor, blueprint, around)?;
+        self.give_up_files(self.reach())?;
         if let Some(small_pages) = small_pages {
             events.add_subscriber(Box::new(small_pages));
         }
@@ -321,6 +330,46 @@ impl Controller {
             );
         }
         Ok(())
+    }
+
+    /// What stays in reach of a machine that was configured as this one is.
+    pub(super) fn reach(&self) -> Reach {
+        let mut reach = Reach::new(&self.options.allow_path);
+        let devices = &self.configuration.devices;
+        for drive in devices.drives() {
+            if let Some(path) = &drive.path_on_host {
+                let is_read_only = drive.is_read_only.unwrap_or(false) || drive.overlay.is_some();
+                reach.image(Path::new(path), is_read_only);
+            }
+            if let Some(overlay) = &drive.overlay {
+                reach.image(
+                    Path::new(&overlay.path),
+                    drive.is_read_only.unwrap_or(false),
+                );
+            }
+        }
+        let vsock = devices.vsock().map(|vsock| Path::new(&vsock.uds_path));
+        let own = self.options.sockets.iter().map(PathBuf::as_path);
+        vsock
+            .into_iter()
+            .chain(own)
+            .for_each(|path| reach.socket(path));
+        reach
+    }
+
+    /// Gives up all other files, before the guest runs.
+    pub(super) fn give_up_files(&mut self, reach: Reach) -> Result<(), ReachError> {
+        self.within = Some(reach.confine()?);
+        Ok(())
+    }
+
+    /// An error, and if it may be so that what was named is out of reach.
+    pub(super) fn outside(&self, error: impl std::error::Error + 'static) -> Fault {
+        let hint = self.within.as_ref().and_then(|within| within.hint(&error));
+        match hint {
+            Some(hint) => refused(format!("{error}; {hint}")),
+            None => refused(error),
+        }
     }
 
     /// What surrounds a machine of this process.
@@ -429,6 +478,9 @@ pub enum StartError {
     /// It could not be built.
     #[error(transparent)]
     Build(#[from] BuildError),
+    /// Files could not be given up.
+    #[error(transparent)]
+    Files(#[from] ReachError),
     /// The host refused something.
     #[error("host: {0}")]
     Host(#[from] io::Error),

@@ -11,6 +11,7 @@ use crate::events::Loop;
 use crate::kvm::Hypervisor;
 use crate::machine::restore::{self, Restoration};
 use crate::memory::pager::PageError;
+use crate::reach::folder_of;
 use crate::snapshot::{self, Backend, Extent, LoadError, Saved};
 use crate::vcpu::Stop;
 
@@ -49,7 +50,10 @@ impl Controller {
             &request.snapshot_path,
             &request.mem_file_path,
         )
-        .map_err(|error| refused(format!("Create snapshot error: {error}")))?;
+        .map_err(|error| {
+            let fault = self.outside(error);
+            refused(format!("Create snapshot error: {}", fault.message))
+        })?;
         let path = request.snapshot_path.display();
         log::info!("machine saved in {path} after {:?}", started.elapsed());
         Ok(())
@@ -87,6 +91,10 @@ impl Controller {
         };
         let built = restore::restore(&Hypervisor::open()?, restoration, around)?;
         self.configuration = configuration;
+        let mut reach = self.reach();
+        // The next snapshot, as a rule.
+        reach.files(&folder_of(&request.snapshot_path));
+        self.give_up_files(reach)?;
         let paused = self.adopt(built, room, events);
         self.phase = match request.resume_vm {
             true => Phase::Running(paused.resume()),

@@ -27,6 +27,7 @@ use crate::events::{DeviceEvents, DevicesPaused};
 use crate::kvm::{Hypervisor, KvmError, Vm};
 use crate::loader::{self, BootInfo, Entry, Image, LoadError, Placed};
 use crate::memory::{self, MemoryError, Origin, Ram};
+use crate::reach::{self, ReachError};
 use crate::vcpu::Stop;
 use crate::vcpu::state::{CpuidLeaf, Vcpu};
 
@@ -52,6 +53,8 @@ pub enum BuildError {
     Tables(#[from] vm_memory::GuestMemoryError),
     #[error("loader thread: {0}")]
     Loader(io::Error),
+    #[error(transparent)]
+    Files(#[from] ReachError),
     #[error(transparent)]
     Assemble(#[from] AssembleError),
 }
@@ -198,12 +201,16 @@ fn create_and_load(
     thread::scope(|scope| {
         let loader = thread::Builder::new()
             .name("loader".into())
-            .spawn_scoped(scope, || load(memory, boot))
+            .spawn_scoped(scope, || {
+                reach::give_up_files()?;
+                Ok(load(memory, boot)?)
+            })
             .map_err(BuildError::Loader)?;
         let vm = create();
         log::debug!("virtual machine made");
         // With panic = "abort" there is no thread that panicked and can still be joined.
-        let loaded = loader.join().unwrap_or_else(|panic| resume_unwind(panic));
+        let loaded: Result<_, BuildError> =
+            loader.join().unwrap_or_else(|panic| resume_unwind(panic));
         Ok((vm?, loaded?))
     })
 }

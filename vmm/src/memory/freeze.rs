@@ -88,7 +88,7 @@ impl Ram {
 
     /// Copies what is not in `base` to a new file, and maps that in its place.
     fn write_delta(&mut self, base: &Base) -> Result<(), FreezeError> {
-        let mut runs = private::runs(&self.memory, base)?;
+        let mut runs = private::runs(&self.memory, base, self.pagemap.as_ref())?;
         if runs.is_empty() && !base.extents().is_empty() {
             return Ok(());
         }

@@ -12,7 +12,7 @@ pub mod small_pages;
 pub mod userfault;
 
 use std::fs::File;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use lepton_api::types::HugePages;
 use lepton_devices::Memory;
@@ -124,6 +124,8 @@ pub struct Ram {
     pub tracking: Option<Tracking>,
     /// The hashes of the last snapshot that this process wrote.
     pub last: Option<Leaves>,
+    /// What tells which pages are there.
+    pub pagemap: Option<File>,
     /// What fills it when it is touched.
     pager: Option<Paging>,
 }
@@ -144,6 +146,7 @@ impl Ram {
             origin,
             tracking: None,
             last: None,
+            pagemap: present::open(),
             pager: None,
         }
     }
@@ -269,13 +272,21 @@ fn protect(memory: &Memory, huge_pages: HugePages) {
     }
 }
 
-/// Memory and swap of the host in bytes.
+/// Asks what the host has. To be called before the filter, which has no sysinfo.
+pub fn measure_host() {
+    host_bytes();
+}
+
+/// Memory and swap of the host in bytes, when it was first asked for.
 fn host_bytes() -> u64 {
-    let info = rustix::system::sysinfo();
-    let unit = u64::from(info.mem_unit.max(1));
-    info.totalram
-        .saturating_add(info.totalswap)
-        .saturating_mul(unit)
+    static BYTES: OnceLock<u64> = OnceLock::new();
+    *BYTES.get_or_init(|| {
+        let info = rustix::system::sysinfo();
+        let unit = u64::from(info.mem_unit.max(1));
+        info.totalram
+            .saturating_add(info.totalswap)
+            .saturating_mul(unit)
+    })
 }
 
 /// Advice only: a host kernel that does not know it changes nothing.

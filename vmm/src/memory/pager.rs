@@ -10,18 +10,22 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use lepton_devices::Memory;
 use lepton_snapshot::{CHUNK, Hash, Manifest, ManifestError};
+use rustix::event::{Timespec, poll};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::userfault::Userfault;
 use crate::exit::ExitCode;
+use crate::reach::{self, ReachError};
 
 /// How long the machine has to end in order, once a chunk is bad.
-const GRACE: Duration = Duration::from_secs(2);
+const GRACE: Timespec = Timespec {
+    tv_sec: 2,
+    tv_nsec: 0,
+};
 
 /// Why a chunk cannot be filled in.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +44,9 @@ pub enum PageError {
     /// The kernel did not take it, or tells of no more faults.
     #[error("userfaultfd: {0}")]
     Userfault(#[from] io::Error),
+    /// Files could not be given up.
+    #[error(transparent)]
+    Files(#[from] ReachError),
     /// A fault in memory that is none of the machine's.
     #[error("userfaultfd: a fault at {0:#x}, where no guest memory is")]
     Stray(u64),
@@ -117,11 +124,12 @@ impl Pager {
             .name("pager".into())
             .stack_size(256 << 10)
             .spawn(move || {
-                if let Err(error) = self.serve() {
+                let without_files = reach::give_up_files().map_err(PageError::Files);
+                if let Err(error) = without_files.and_then(|()| self.serve()) {
                     log::error!("{error}");
                     failed(error);
                     // The event loop itself may be who waits for the chunk, on behalf of a device.
-                    std::thread::sleep(GRACE);
+                    let _ = poll(&mut [], Some(&GRACE));
                     std::process::exit(ExitCode::Failure as i32);
                 }
             })?;

@@ -12,19 +12,24 @@ const THERE: u64 = 1 << 63 | 1 << 62;
 const FILE: u64 = 1 << 61;
 
 /// Tells pages that were touched from those that never were, by `/proc/self/pagemap`.
-pub struct Pagemap {
+pub struct Pagemap<'a> {
     /// None where there is no /proc: then every page counts as touched.
-    file: Option<File>,
+    file: Option<&'a File>,
     entries: Vec<u8>,
     /// Number of the first page in `entries`.
     first: usize,
 }
 
-impl Pagemap {
-    /// That of this process.
-    pub fn open() -> Self {
+/// That of this process, for [`Pagemap::new`]. To be opened before files are given up.
+pub fn open() -> Option<File> {
+    File::open("/proc/self/pagemap").ok()
+}
+
+impl<'a> Pagemap<'a> {
+    /// By what [`open`] gave.
+    pub fn new(file: Option<&'a File>) -> Self {
         Pagemap {
-            file: File::open("/proc/self/pagemap").ok(),
+            file,
             entries: Vec::new(),
             first: 0,
         }
@@ -44,7 +49,7 @@ impl Pagemap {
     }
 
     fn entry(&mut self, page: usize) -> u64 {
-        let Some(file) = &self.file else {
+        let Some(file) = self.file else {
             return u64::MAX;
         };
         let known = self.first..self.first + self.entries.len() / 8;
@@ -76,19 +81,16 @@ mod tests {
         let size = MemorySize::new(128, HugePages::None).unwrap();
         let memory = allocate(size, HugePages::None).unwrap();
         let base = memory.get_host_address(GuestAddress(0)).unwrap() as usize;
-        let mut map = Pagemap::open();
+        let pagemap = open();
+        let mut map = Pagemap::new(pagemap.as_ref());
         assert!(!map.is_touched(base, 128 << 20));
         memory.write_obj(1u8, GuestAddress(0x40_5000)).unwrap();
-        let mut map = Pagemap::open();
+        let mut map = Pagemap::new(pagemap.as_ref());
         assert!(map.is_touched(base + 0x40_0000, 0x1_0000));
         assert!(map.is_touched(base + 0x40_5000, PAGE));
         assert!(!map.is_touched(base + 0x40_6000, 0x1_0000));
         assert!(!map.is_touched(base, 0x40_0000));
-        let mut blind = Pagemap {
-            file: None,
-            entries: Vec::new(),
-            first: 0,
-        };
+        let mut blind = Pagemap::new(None);
         assert!(blind.is_touched(base, PAGE));
     }
 }

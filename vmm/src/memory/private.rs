@@ -54,16 +54,16 @@ pub type Runs = Vec<(u64, u64)>;
 ///
 /// The host kernel tells in one call. One before 6.7 is asked for each page. Where there is no /proc, as in a jail, the
 /// pages are compared, which takes as long as reading all of memory.
-pub fn runs(memory: &Memory, base: &Base) -> io::Result<Runs> {
+pub fn runs(memory: &Memory, base: &Base, pagemap: Option<&File>) -> io::Result<Runs> {
     let places = Places::new(memory);
-    let Ok(file) = File::open("/proc/self/pagemap") else {
+    let Some(file) = pagemap else {
         return compare(&places, base);
     };
     let mut runs = Runs::new();
     for part in places.all() {
-        match scan(&file, *part, &mut runs) {
+        match scan(file, *part, &mut runs) {
             Ok(()) => {}
-            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => ask(*part, &mut runs),
+            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => ask(file, *part, &mut runs),
             Err(error) => return Err(error),
         }
     }
@@ -108,8 +108,8 @@ fn scan(file: &File, part: Part, runs: &mut Runs) -> io::Result<()> {
     Ok(())
 }
 
-fn ask(part: Part, runs: &mut Runs) {
-    let mut map = Pagemap::open();
+fn ask(file: &File, part: Part, runs: &mut Runs) {
+    let mut map = Pagemap::new(Some(file));
     for offset in (0..part.bytes).step_by(PAGE as usize) {
         if map.is_private(part.host + offset as usize) {
             add(runs, part.at + offset, PAGE);
@@ -138,6 +138,7 @@ fn compare(places: &Places, base: &Base) -> io::Result<Runs> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::present;
     use crate::memory::{MemorySize, allocate};
     use lepton_api::types::HugePages;
     use vm_memory::{Bytes, GuestAddress};
@@ -158,10 +159,16 @@ mod tests {
             (size.bytes() - PAGE, PAGE),
         ];
         let base = Base::zero(size.bytes());
-        assert_eq!(runs(&memory, &base).unwrap(), wanted);
+        assert_eq!(
+            runs(&memory, &base, present::open().as_ref()).unwrap(),
+            wanted
+        );
         let places = Places::new(&memory);
         let mut asked = Runs::new();
-        places.all().iter().for_each(|part| ask(*part, &mut asked));
+        places
+            .all()
+            .iter()
+            .for_each(|part| ask(present::open().as_ref().unwrap(), *part, &mut asked));
         assert_eq!(compare(&places, &base).unwrap(), wanted);
         let pages = |runs: &Runs| -> Vec<u64> {
             let pages = runs

@@ -135,7 +135,7 @@ fn no_leaves(ram: &Ram) -> Result<Leaves, CreateError> {
 /// Writes what memory holds, but no zeroes.
 fn write_all(ram: &Ram, file: &Replacement) -> Result<Leaves, CreateError> {
     let mut leaves = no_leaves(ram)?;
-    let mut touched = Pagemap::open();
+    let mut touched = Pagemap::new(ram.pagemap.as_ref());
     let mut buffer = vec![0; CHUNK];
     for place in places(ram) {
         let is_touched = touched.is_touched(place.host, CHUNK);
@@ -202,7 +202,7 @@ fn write_changes(ram: &Ram, file: &Replacement) -> Result<Leaves, CreateError> {
         },
     };
     const PAGES: usize = CHUNK / PAGE as usize;
-    let mut touched = Pagemap::open();
+    let mut touched = Pagemap::new(ram.pagemap.as_ref());
     let mut buffer = vec![0; CHUNK];
     for place in places(ram) {
         let changed = |page: usize| match pending {

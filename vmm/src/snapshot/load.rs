@@ -13,6 +13,7 @@ use crate::machine::state::MachineState;
 use crate::memory::Ram;
 use crate::memory::image::{self, ImageError};
 use crate::memory::pager::{PageError, Source};
+use crate::reach::ReachError;
 
 /// Why a saved machine is not loaded.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +39,8 @@ pub enum LoadError {
     Image(#[from] ImageError),
     #[error(transparent)]
     Restore(#[from] RestoreMachineError),
+    #[error(transparent)]
+    Files(#[from] ReachError),
     #[error(transparent)]
     Kvm(#[from] crate::kvm::KvmError),
     #[error("host: {0}")]

@@ -1,4 +1,5 @@
-//! Which crate of ours may use which: the column "may use" of ARCHITECTURE.md.
+//! Which crate of ours may use which, the column "may use" of ARCHITECTURE.md; and what others' crates must be: not one
+//! with a known defect, and of a licence that `deny.toml` allows.
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -63,13 +64,58 @@ pub fn violations(metadata: &[u8]) -> Result<Vec<String>> {
 }
 
 /// Versions in which a defect that a guest or an image could use was mended: crate, first good version, the defect.
-const FLOORS: [(&str, [u64; 3], &str); 5] = [
+/// From the RustSec database; the last is in GitHub's alone.
+const FLOORS: [(&str, [u64; 3], &str); 6] = [
     ("kvm-ioctls", [0, 19, 1], "RUSTSEC-2024-0428"),
-    ("vm-memory", [0, 12, 2], "CVE-2023-41051 and CVE-2020-13759"),
-    ("vmm-sys-util", [0, 12, 0], "CVE-2023-50711"),
-    ("versionize", [0, 1, 10], "CVE-2023-28448"),
+    (
+        "vm-memory",
+        [0, 12, 2],
+        "RUSTSEC-2023-0056 (CVE-2023-41051) and RUSTSEC-2020-0157 (CVE-2020-13759)",
+    ),
+    (
+        "vmm-sys-util",
+        [0, 12, 0],
+        "RUSTSEC-2024-0002 (CVE-2023-50711)",
+    ),
+    (
+        "versionize",
+        [0, 1, 10],
+        "RUSTSEC-2023-0030 (CVE-2023-28448)",
+    ),
+    ("protobuf", [3, 7, 2], "RUSTSEC-2024-0437 (CVE-2025-53605)"),
     ("linux-loader", [0, 8, 1], "GHSA-52h2-m2cf-9jh6"),
 ];
+
+/// Which crates have a licence that `deny` (deny.toml) does not allow, one line each.
+pub fn licences(metadata: &[u8], deny: &str) -> Result<Vec<String>> {
+    let metadata: Value = serde_json::from_slice(metadata).context("cargo metadata is not JSON")?;
+    // An array of strings is the same in TOML and in JSON.
+    let allowed = deny
+        .lines()
+        .find_map(|line| line.strip_prefix("allow = "))
+        .context("deny.toml has no line of allowed licences")?;
+    let allowed: Vec<String> =
+        serde_json::from_str(allowed).context("deny.toml: allowed licences")?;
+    let packages = metadata["packages"]
+        .as_array()
+        .context("cargo metadata lists no packages")?;
+    let mut found = Vec::new();
+    for package in packages {
+        let name = package["name"].as_str().unwrap_or_default();
+        let licence = package["license"].as_str().unwrap_or_default();
+        let expression = spdx::Expression::parse_mode(licence, spdx::ParseMode::LAX);
+        let is_allowed = |wanted: &spdx::LicenseReq| {
+            let id = wanted.license.id().map(|id| id.name);
+            allowed.iter().any(|allowed| id == Some(allowed))
+        };
+        if !expression.is_ok_and(|expression| expression.evaluate(is_allowed)) {
+            found.push(format!(
+                "{name}: licence {licence:?} is none that deny.toml allows"
+            ));
+        }
+    }
+    Ok(found)
+}
 
 /// What in a `Cargo.lock` is older than its floor, one line each.
 pub fn below_floor(lock: &str) -> Vec<String> {
@@ -125,6 +171,12 @@ mod tests {
     }
 
     #[test]
+    fn rustsec_2024_0437_protobuf_has_a_floor() {
+        assert_eq!(below_floor(&lock("protobuf", "3.7.1")).len(), 1);
+        assert!(below_floor(&lock("protobuf", "3.7.2")).is_empty());
+    }
+
+    #[test]
     fn cve_2023_50711_cve_2023_28448_have_floors() {
         let both = lock("vmm-sys-util", "0.11.2") + &lock("versionize", "0.1.9");
         assert_eq!(below_floor(&both).len(), 2);
@@ -172,6 +224,31 @@ mod tests {
                     .is_empty()
             );
         }
+    }
+
+    #[test]
+    fn a_licence_is_one_that_is_allowed() {
+        let deny = "# text\nallow = [\"MIT\", \"Unicode-3.0\"]\n";
+        let with = |licence: &str| {
+            let metadata = format!(r#"{{"packages":[{{"name":"a","license":{licence}}}]}}"#);
+            licences(metadata.as_bytes(), deny).unwrap().len()
+        };
+        for good in [
+            r#""MIT""#,
+            r#""Apache-2.0/MIT""#,
+            r#""(GPL-3.0-only OR MIT) AND Unicode-3.0""#,
+        ] {
+            assert_eq!(with(good), 0, "{good}");
+        }
+        for bad in [
+            r#""GPL-3.0-only""#,
+            r#""MIT AND GPL-3.0-only""#,
+            r#""""#,
+            "null",
+        ] {
+            assert_eq!(with(bad), 1, "{bad}");
+        }
+        assert!(licences(b"{\"packages\":[]}", "").is_err());
     }
 
     #[test]

@@ -140,6 +140,13 @@ fn crate_dependencies(progress: &Progress) -> Result<Counts> {
     let lock = std::fs::read_to_string(programs::workspace().join("Cargo.lock"))
         .context("cannot read Cargo.lock")?;
     violations.extend(dependencies::below_floor(&lock));
+    let all = progress.capture(
+        "checking licences",
+        cargo().args(["metadata", "--locked", "--format-version", "1"]),
+    )?;
+    let deny = std::fs::read_to_string(programs::workspace().join("deny.toml"))
+        .context("cannot read deny.toml")?;
+    violations.extend(dependencies::licences(&all, &deny)?);
     if !violations.is_empty() {
         bail!("{}", violations.join("\n"));
     }

@@ -5,16 +5,19 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use rustix::event::{Timespec, poll};
 use rustix::fs::OFlags;
 
 use super::error::OverlayError;
 
 /// Files that an io_uring has are given back a moment after its process has ended: as long is waited.
 const PATIENCE: Duration = Duration::from_secs(1);
-const STEP: Duration = Duration::from_millis(2);
+const STEP: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 2_000_000,
+};
 
 /// A descriptor of `file` to hold its lock by, which no io_uring is given: with one, the lock would outlive the process,
 /// by seconds on a busy host. Where `path` does not lead to the file it is a copy, and that cannot be had.
@@ -50,7 +53,10 @@ fn patiently(path: &Path, lock: impl Fn() -> Result<(), TryLockError>) -> Result
         match lock() {
             Ok(()) => return Ok(()),
             Err(TryLockError::Error(source)) => return Err(OverlayError::io(path, source)),
-            Err(TryLockError::WouldBlock) if start.elapsed() < PATIENCE => sleep(STEP),
+            Err(TryLockError::WouldBlock) if start.elapsed() < PATIENCE => {
+                // The event loop waits by no other call. Woken early it looks again.
+                let _ = poll(&mut [], Some(&STEP));
+            }
             Err(TryLockError::WouldBlock) => return Err(OverlayError::InUse(path.to_owned())),
         }
     }
