@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use super::probe;
-use super::{Case, Context, Reading};
+use super::{Case, Context, Reading, for_each_load};
 use crate::machine::{Drive, Engine, Machine};
 use crate::process::Failure;
 use crate::side::Side;
@@ -75,17 +75,7 @@ fn image(context: &Context) -> Result<PathBuf, Failure> {
 
 /// One case for each load and VMM.
 pub fn cases(context: &Context) -> Vec<Case<'_>> {
-    let mut all = Vec::new();
-    for load in &LOADS {
-        let vmms = context.sides.iter().filter(|side| !side.is_floor());
-        all.extend(vmms.map(|side| Case {
-            side,
-            at: None,
-            figures: load.figures,
-            run: Box::new(move || run(context, side, load)),
-        }));
-    }
-    all
+    for_each_load(context, &LOADS, |load| load.figures, run)
 }
 
 fn run(context: &Context, side: &Side, load: &Load) -> Result<Vec<Reading>, Failure> {

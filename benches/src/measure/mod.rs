@@ -87,6 +87,26 @@ pub struct Case<'a> {
     pub run: Box<dyn Fn() -> Result<Vec<Reading>, Failure> + 'a>,
 }
 
+/// One case for each load and VMM: what a second and what an operation give.
+fn for_each_load<'a, L>(
+    context: &'a Context,
+    loads: &'a [L],
+    figures: fn(&L) -> &'static [&'static str; 2],
+    run: fn(&Context, &Side, &L) -> Result<Vec<Reading>, Failure>,
+) -> Vec<Case<'a>> {
+    let mut all = Vec::new();
+    for load in loads {
+        let vmms = context.sides.iter().filter(|side| !side.is_floor());
+        all.extend(vmms.map(|side| Case {
+            side,
+            at: None,
+            figures: figures(load),
+            run: Box::new(move || run(context, side, load)),
+        }));
+    }
+    all
+}
+
 /// A guest, a folder for its machine, and how long it may take.
 pub struct Place {
     folder: TempDir,

@@ -6,7 +6,7 @@
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use super::{Case, Context, Reading, probe};
+use super::{Case, Context, Reading, for_each_load, probe};
 use crate::catalogue::{FigureKind, higher, lower};
 use crate::interrupt;
 use crate::process::{Failure, Running};
@@ -100,17 +100,7 @@ const NOBODY: &str = "02:00:00:00:00:99";
 
 /// One case for each load and VMM.
 pub fn cases(context: &Context) -> Vec<Case<'_>> {
-    let mut all = Vec::new();
-    for load in &LOADS {
-        let vmms = context.sides.iter().filter(|side| !side.is_floor());
-        all.extend(vmms.map(|side| Case {
-            side,
-            at: None,
-            figures: load.figures,
-            run: Box::new(move || run(context, side, load)),
-        }));
-    }
-    all
+    for_each_load(context, &LOADS, |load| load.figures, run)
 }
 
 fn run(context: &Context, side: &Side, load: &Load) -> Result<Vec<Reading>, Failure> {

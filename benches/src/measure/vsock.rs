@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use rustix::event::{PollFd, PollFlags, poll};
 
-use super::{Case, Context, Place, Reading, probe};
+use super::{Case, Context, Place, Reading, for_each_load, probe};
 use crate::catalogue::{FigureKind, higher, lower};
 use crate::guest::Guest;
 use crate::interrupt;
@@ -63,17 +63,7 @@ const CHUNK: usize = 256 << 10;
 
 /// One case for each load and VMM.
 pub fn cases(context: &Context) -> Vec<Case<'_>> {
-    let mut all = Vec::new();
-    for load in &LOADS {
-        let vmms = context.sides.iter().filter(|side| !side.is_floor());
-        all.extend(vmms.map(|side| Case {
-            side,
-            at: None,
-            figures: load.figures,
-            run: Box::new(move || run(context, side, load)),
-        }));
-    }
-    all
+    for_each_load(context, &LOADS, |load| load.figures, run)
 }
 
 /// The socket of a machine's vsock.
