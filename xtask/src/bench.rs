@@ -22,8 +22,6 @@ const PEERS: [&str; 3] = ["firecracker", "cloud-hypervisor", QEMU];
 const QEMU: &str = "qemu";
 /// The benchmark that needs a Linux guest.
 const LINUX: &str = "boot";
-/// The benchmarks that need the probe guest.
-const PROBED: [&str; 5] = ["weight", "exits", "blk", "net", "vsock"];
 const QEMU_PACKAGES: [&str; 1] = ["qemu-system-x86"];
 
 #[derive(Debug, Args)]
@@ -125,9 +123,8 @@ pub fn run(arguments: &BenchArguments) -> Result<u8> {
         let image = guest::image(&progress, agent.path("lepton-agent")?)?;
         command.arg("--image").arg(image);
     }
-    if PROBED.into_iter().any(chosen) {
-        command.arg("--probe").arg(guest::metal(&progress)?.probe);
-    }
+    // Most benchmarks need it, and it is built in seconds.
+    command.arg("--probe").arg(guest::metal(&progress)?.probe);
     command.arg("--vmm").arg(built.path("lepton-vmm")?);
     for peer in &peers {
         command.args(["--peer", peer]);
