@@ -15,6 +15,7 @@ use crate::kvm::KvmError;
 use crate::machine::state::{MachineState, SaveError};
 use crate::memory::base;
 use crate::memory::freeze::{FreezeError, Frozen, OldMapping};
+use crate::reach::ReachError;
 
 /// Most copies in one request.
 const MAX_CHILDREN: usize = 1000;
@@ -45,6 +46,8 @@ pub enum CloneError {
     Freeze(#[from] FreezeError),
     #[error(transparent)]
     Encode(#[from] CodecError),
+    #[error(transparent)]
+    Files(#[from] ReachError),
     #[error("host: {0}")]
     Host(#[from] io::Error),
     #[error("child {}: {source}", path.display())]
@@ -263,6 +266,3 @@ impl Heir {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -18,6 +18,7 @@ use crate::machine::Paused;
 use crate::machine::restore::{self, Restoration};
 use crate::machine::state::MachineState;
 use crate::memory::freeze::Frozen;
+use crate::reach;
 use crate::vcpu::state::Saveable;
 
 fn fault(error: CloneError) -> Fault {
@@ -64,7 +65,13 @@ impl Controller {
             .name("clone".into())
             .stack_size(256 << 10)
             .spawn(move || {
-                let finished = hand_over.finish();
+                let finished = match reach::give_up_files() {
+                    Ok(()) => hand_over.finish(),
+                    Err(error) => Finished {
+                        result: Err(error.into()),
+                        leftovers: Vec::new(),
+                    },
+                };
                 let reply = reply(&finished);
                 if let Err(fault) = &reply {
                     log::warn!("request refused: {}", fault.message);
