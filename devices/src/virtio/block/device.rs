@@ -413,8 +413,8 @@ impl VirtioDevice for Block {
         let (Some(active), Engine::Async(engine)) = (&mut self.active, &mut self.engine) else {
             return Ok(());
         };
-        while engine.is_busy() {
-            engine.wait().map_err(engine_failed)?;
+        loop {
+            // First: what is over need not be in the ring any more, where it could be waited for.
             give_back(
                 &mut active.queue,
                 &active.memory,
@@ -422,8 +422,11 @@ impl VirtioDevice for Block {
                 &mut self.backend,
                 &self.metrics,
             )?;
+            if engine.ring().in_flight() == 0 {
+                return Ok(());
+            }
+            engine.wait().map_err(engine_failed)?;
         }
-        Ok(())
     }
 
     fn save(&self) -> DeviceState {

@@ -90,11 +90,6 @@ impl AsyncEngine {
         &self.ring
     }
 
-    /// Whether something is in the ring or not given back.
-    pub(super) fn is_busy(&self) -> bool {
-        self.ring.in_flight() > 0 || !self.ended.is_empty()
-    }
-
     pub(super) fn set_image(&mut self, image: &Image) -> io::Result<()> {
         self.ring.set_files(&image.files())
     }

@@ -270,8 +270,9 @@ fn an_overlay_has_one_owner() {
     let not_a_layer = Chain::open(&rig.path, &[&own]).err();
     assert!(matches!(not_a_layer, Some(OverlayError::NotALayer(_))));
     // Another base.
-    let image = std::fs::read(&rig.path).unwrap();
-    std::fs::write(&rig.path, image).unwrap();
+    let base = File::options().write(true).open(&rig.path).unwrap();
+    let later = std::time::SystemTime::now() + std::time::Duration::from_secs(1);
+    base.set_modified(later).unwrap();
     let changed = Chain::open(&rig.path, &[&layer]).err();
     assert!(matches!(changed, Some(OverlayError::BaseChanged { .. })));
 }
