@@ -6,18 +6,6 @@ use serde_json::json;
 use crate::guest::{Entry, Program};
 use crate::{Api, Vmm};
 
-/// A VMM whose log is apart from its console.
-pub fn quiet() -> (Vmm, Api) {
-    let builder = Vmm::builder();
-    let log = builder.directory().join("log");
-    let arguments = ["--log-path".into(), log.into_os_string()];
-    let vmm = builder.arguments(arguments).spawn();
-    let mut api = vmm.api();
-    // Once it has answered, all of it is there.
-    assert_eq!(api.state(), "Not started");
-    (vmm, api)
-}
-
 /// Configures a machine of the counting guest.
 pub fn configure(vmm: &Vmm, api: &mut Api, vcpus: u8, mib: u64) {
     let kernel = Program::count().write(vmm.directory(), Entry::Pvh);

@@ -145,6 +145,20 @@ impl Ended {
 }
 
 impl Vmm {
+    /// One with an API that has answered, whose log is apart from its console.
+    #[track_caller]
+    pub fn quiet() -> (Self, Api) {
+        let builder = Self::builder();
+        let log = builder.directory().join("log");
+        let vmm = builder
+            .arguments(["--log-path".into(), log.into_os_string()])
+            .spawn();
+        let mut api = vmm.api();
+        // Once it has answered, all of it is there.
+        assert_eq!(api.state(), "Not started");
+        (vmm, api)
+    }
+
     /// A VMM with an API, in a directory of its own.
     pub fn builder() -> Builder {
         Builder {

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::time::{Duration, SystemTime};
 
 use lepton_devices::virtio::block::overlay::{Chain, Overlay};
 use lepton_tests::metal::{Metal, pattern, results};
@@ -94,18 +95,6 @@ fn run(arguments: &str, drive: &Value) {
     assert_eq!(results[0]["errors"], 0, "{arguments}: {results:?}");
 }
 
-/// A VMM with an API, whose log is apart from its console.
-fn quiet() -> (Vmm, Api) {
-    let builder = Vmm::builder();
-    let log = builder.directory().join("log");
-    let vmm = builder
-        .arguments(["--log-path".into(), log.into_os_string()])
-        .spawn();
-    let mut api = vmm.api();
-    assert_eq!(api.state(), "Not started");
-    (vmm, api)
-}
-
 fn machines_over_one_base_see_only_their_own_writes() {
     for engine in ["Sync", "Async"] {
         let place = Place::new();
@@ -143,7 +132,7 @@ fn machines_over_one_base_see_only_their_own_writes() {
 
 /// Kills the VMM in the midst of the guest's writes, and returns how many of them it had done.
 fn killed(mode: &str, counter: &str, drive: &Value) -> u64 {
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     let arguments =
         format!("probe.mode={mode} probe.verify=1 probe.seed=9 probe.seconds=60 probe.size=4096");
     api.configure(&configuration(&arguments, drive));
@@ -201,7 +190,7 @@ fn it_is_saved_and_goes_on_elsewhere() {
         let arguments = format!(
             "probe.mode=blk_write probe.verify=1 probe.seed=9 probe.qd=16 probe.count={COUNT}"
         );
-        let (vmm, mut api) = quiet();
+        let (vmm, mut api) = Vmm::quiet();
         api.configure(&configuration(
             &arguments,
             &place.drive("one", engine, cache),
@@ -221,7 +210,7 @@ fn it_is_saved_and_goes_on_elsewhere() {
             "it was done before it was saved"
         );
         fs::rename(place.path("one"), place.path("moved")).expect("a file can be moved");
-        let (vmm, mut api) = quiet();
+        let (vmm, mut api) = Vmm::quiet();
         let load = json!({
             "snapshot_path": place.path("state"), "resume_vm": true,
             "mem_backend": { "backend_type": "File", "backend_path": place.path("memory") },
@@ -260,7 +249,7 @@ fn a_reset_gives_the_base_back() {
         &place.drive("one", "Sync", "Writeback"),
     );
     assert!(place.room("one") > 1 << 20);
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     let drive = place.drive("one", "Async", "Writeback");
     api.configure(&configuration(
         "probe.mode=blk_write probe.seconds=60",
@@ -379,11 +368,11 @@ fn overlays_are_worked_on_by_commands() {
     place.base_is_as_it_was();
 
     // A base that was copied without its time.
-    let bytes = fs::read(place.path("base")).expect("a base");
-    fs::write(place.path("base"), bytes).expect("a base");
     does(&place, &with_base("create", "three"));
-    let bytes = fs::read(place.path("base")).expect("a base");
-    fs::write(place.path("base"), bytes).expect("a base");
+    let base = fs::File::options().write(true).open(place.path("base"));
+    let later = SystemTime::now() + Duration::from_secs(1);
+    base.and_then(|base| base.set_modified(later))
+        .expect("a base");
     let changed = fails(&place, &with_base("check", "three"));
     assert!(changed.contains("rebase --same-content"), "{changed}");
     does(
@@ -401,7 +390,7 @@ fn overlays_are_worked_on_by_commands() {
 
 fn what_cannot_be_an_overlay_is_refused() {
     let place = Place::new();
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     let put = |api: &mut Api, change: &dyn Fn(&mut Value)| {
         let mut drive = place.drive("one", "Sync", "Unsafe");
         change(&mut drive);
@@ -429,7 +418,7 @@ fn what_cannot_be_an_overlay_is_refused() {
     api.put("/drives/d", &place.drive("one", "Sync", "Unsafe"));
     let mode = fs::metadata(place.path("one")).expect("made").mode();
     assert_eq!(mode & 0o777, 0o600);
-    let (other, mut second) = quiet();
+    let (other, mut second) = Vmm::quiet();
     let drive = place.drive("one", "Sync", "Unsafe").to_string();
     let message = second.refused("PUT", "/drives/d", &drive);
     assert!(
@@ -452,7 +441,7 @@ fn what_cannot_be_an_overlay_is_refused() {
 
     // A base that was written to means nothing under an overlay.
     fs::write(place.path("base"), pattern(BASE_SEED, SIZE)).expect("a base");
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     let message = api.refused("PUT", "/drives/d", &drive);
     assert!(message.contains("base was written since"), "{message}");
     vmm.terminate();

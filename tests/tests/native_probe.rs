@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use lepton_tests::metal::{Metal, pattern, results};
 use lepton_tests::suite::{self, Need, Order};
-use lepton_tests::{Api, PATIENCE, Vmm, linux, test};
+use lepton_tests::{PATIENCE, Vmm, linux, test};
 use serde_json::{Value, json};
 
 fn main() -> ExitCode {
@@ -190,18 +190,6 @@ fn it_flushes() {
     assert!(fs::read(drive).expect("the drive's file") == pattern(0, 40960));
 }
 
-/// A VMM whose log is apart from its console.
-fn quiet() -> (Vmm, Api) {
-    let builder = Vmm::builder();
-    let log = builder.directory().join("log");
-    let vmm = builder
-        .arguments(["--log-path".into(), log.into_os_string()])
-        .spawn();
-    let mut api = vmm.api();
-    assert_eq!(api.state(), "Not started");
-    (vmm, api)
-}
-
 fn a_drive_under_load_is_saved_and_goes_on() {
     const SIZE: usize = 4 << 20;
     const COUNT: u64 = 20_000;
@@ -219,7 +207,7 @@ fn a_drive_under_load_is_saved_and_goes_on() {
             "mem_backend": { "backend_type": "File", "backend_path": path("memory") },
             "resume_vm": true,
         });
-        let (mut vmm, mut api) = quiet();
+        let (mut vmm, mut api) = Vmm::quiet();
         api.configure(&json!({
             "boot-source": {
                 "kernel_image_path": linux::file("LEPTON_PROBE"),
@@ -245,7 +233,7 @@ fn a_drive_under_load_is_saved_and_goes_on() {
                 "",
                 "it was done before it was saved"
             );
-            (vmm, api) = quiet();
+            (vmm, api) = Vmm::quiet();
             api.put("/snapshot/load", &load);
         }
         drop(api);

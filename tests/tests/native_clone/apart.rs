@@ -30,7 +30,7 @@ pub fn whoever_is_killed_the_others_go_on() {
 
 pub fn devices_of_copies_are_elsewhere() {
     let (one, two) = (Tap::new(None), Tap::new(None));
-    let (vmm, mut api) = lepton_tests::counting::quiet();
+    let (vmm, mut api) = lepton_tests::Vmm::quiet();
     lepton_tests::counting::configure(&vmm, &mut api, 1, 128);
     let image = vmm.file("image", &[7; 4096]);
     for (id, read_only) in [("fixed", true), ("data", false)] {

@@ -2,14 +2,14 @@
 
 use std::path::PathBuf;
 
-use lepton_tests::counting::{configure, let_run, quiet};
+use lepton_tests::counting::{configure, let_run};
 use lepton_tests::{Api, Vmm};
 use serde_json::{Value, json};
 
 /// A machine of the counting guest that runs.
 #[track_caller]
 pub fn parent(mib: u64, clonable: bool) -> (Vmm, Api) {
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     configure(&vmm, &mut api, 1, mib);
     api.patch("/machine-config", &json!({ "clonable": clonable }));
     api.put(

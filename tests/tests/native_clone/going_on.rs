@@ -2,7 +2,8 @@
 
 use std::os::unix::fs::MetadataExt;
 
-use lepton_tests::counting::{check_counts, check_tail, let_run, quiet};
+use lepton_tests::Vmm;
+use lepton_tests::counting::{check_counts, check_tail, let_run};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -123,7 +124,7 @@ pub fn a_copy_can_be_saved() {
         );
         let size = memory.metadata().expect("a file").blocks() * 512;
         assert!(size < 8 << 20, "holes are gone: {size}");
-        let (loaded, mut loaded_api) = quiet();
+        let (loaded, mut loaded_api) = Vmm::quiet();
         loaded_api.put(
             "/snapshot/load",
             &json!({

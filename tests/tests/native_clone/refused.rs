@@ -3,7 +3,8 @@
 use std::os::unix::net::UnixListener;
 
 use lepton_hostio::packet::{PacketListener, PacketSocket};
-use lepton_tests::counting::{let_run, quiet};
+use lepton_tests::Vmm;
+use lepton_tests::counting::let_run;
 use serde_json::json;
 
 use crate::family::{Heir, clone, parent, request};
@@ -46,7 +47,7 @@ pub fn all_children_or_none() {
 pub fn what_cannot_be_cloned_is_named() {
     let heir = Heir::called("copy");
     let body = request(&[heir.child()]).to_string();
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     let message = api.refused("PUT", "/clone", &body);
     assert!(message.contains("before starting"), "{message}");
     let huge =

@@ -4,7 +4,8 @@ use std::fs::{self, OpenOptions};
 
 use serde_json::json;
 
-use crate::place::{Place, flip, let_run, load, quiet, saved};
+use crate::place::{Place, flip, let_run, load, saved};
+use lepton_tests::Vmm;
 
 /// Where [`Program::count`] has its counter.
 const COUNTER: u64 = 0x600;
@@ -15,7 +16,7 @@ pub fn a_damaged_chunk_is_named_and_never_seen() {
     // In the chunk of the counter, and in that of the code.
     for (at, chunk) in [(COUNTER + 8, 0), (0x10_0000 + 0x800, 16)] {
         flip(&place.memory(), at);
-        let (vmm, mut api) = quiet();
+        let (vmm, mut api) = Vmm::quiet();
         // The machine ends, before or after the reply.
         let body = place.load().to_string();
         drop(api.try_request("PUT", "/snapshot/load", &body));
@@ -32,7 +33,7 @@ pub fn a_damaged_chunk_is_named_and_never_seen() {
         // Who does not want to know is not told.
         let mut request = place.load();
         request["mem_backend"]["verify"] = false.into();
-        let (_vmm, mut api) = quiet();
+        let (_vmm, mut api) = Vmm::quiet();
         api.put("/snapshot/load", &request);
         let_run(&mut api);
         flip(&place.memory(), at);
@@ -61,7 +62,7 @@ pub fn a_file_that_is_cut_under_a_machine_ends_it() {
     saved(&place);
     let mut request = place.load();
     request["resume_vm"] = false.into();
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     api.put("/snapshot/load", &request);
     let file = OpenOptions::new().write(true).open(place.memory());
     file.expect("a memory file").set_len(4096).expect("cut");

@@ -7,7 +7,8 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::place::{Place, check_counts, configure, let_run, load, paused, quiet};
+use crate::place::{Place, check_counts, configure, let_run, load, paused};
+use lepton_tests::Vmm;
 
 /// Lays the data of `changes` over `base`, as far as it has some.
 fn lay_over(base: &Path, changes: &Path) {
@@ -31,7 +32,7 @@ fn stored(path: &Path) -> u64 {
 
 pub fn differences_make_the_next_snapshot() {
     let (full, changes) = (Place::new(), Place::new());
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     configure(&vmm, &mut api, 1, 128);
     api.patch("/machine-config", &json!({ "track_dirty_pages": true }));
     api.start();
@@ -60,7 +61,7 @@ pub fn differences_make_the_next_snapshot() {
         let mut load = full.load();
         load["track_dirty_pages"] = true.into();
         load["resume_vm"] = false.into();
-        let (vmm, mut api) = quiet();
+        let (vmm, mut api) = Vmm::quiet();
         api.put("/snapshot/load", &load);
         machine = (vmm, api);
     }
@@ -70,7 +71,7 @@ pub fn differences_make_the_next_snapshot() {
     stream.extend(vmm.terminate().stdout);
     assert!(check_counts(&stream) > 30);
     // Changes alone are no memory.
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     drop(api.try_request("PUT", "/snapshot/load", &changes.load().to_string()));
     vmm.wait().expect_code(1);
 }

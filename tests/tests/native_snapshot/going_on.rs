@@ -6,7 +6,8 @@ use std::path::Path;
 use lepton_tests::tap::Tap;
 use serde_json::json;
 
-use crate::place::{Place, check_counts, configure, let_run, load, paused, quiet, refusal, saved};
+use crate::place::{Place, check_counts, configure, let_run, load, paused, refusal, saved};
+use lepton_tests::Vmm;
 
 pub fn a_guest_goes_on_where_it_was() {
     for (vcpus, mib) in [(1, 128), (2, 4096)] {
@@ -32,7 +33,7 @@ pub fn a_guest_goes_on_where_it_was() {
 
 pub fn a_guest_goes_on_in_the_process_that_saved_it() {
     let place = Place::new();
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     configure(&vmm, &mut api, 1, 128);
     api.start();
     for _ in 0..3 {
@@ -47,7 +48,7 @@ pub fn a_guest_goes_on_in_the_process_that_saved_it() {
 
 pub fn a_saved_machine_has_its_devices() {
     let place = Place::new();
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     configure(&vmm, &mut api, 2, 256);
     let image = place.path("image");
     fs::write(&image, [7; 4096]).expect("an image");
@@ -70,7 +71,7 @@ pub fn a_saved_machine_has_its_devices() {
     vmm.terminate();
     assert!(!socket.exists());
 
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     let mut request = place.load();
     request["resume_vm"] = false.into();
     api.put("/snapshot/load", &request);
@@ -97,7 +98,7 @@ pub fn a_saved_machine_has_its_devices() {
 pub fn interfaces_get_other_taps() {
     let place = Place::new();
     let (one, two) = (Tap::new(None), Tap::new(None));
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     configure(&vmm, &mut api, 1, 128);
     api.put(
         "/network-interfaces/eth0",
@@ -112,7 +113,7 @@ pub fn interfaces_get_other_taps() {
     assert!(message.contains(one.name()), "{message}");
     let mut request = place.load();
     request["network_overrides"] = json!([{ "iface_id": "eth0", "host_dev_name": two.name() }]);
-    let (_vmm, mut api) = quiet();
+    let (_vmm, mut api) = Vmm::quiet();
     api.put("/snapshot/load", &request);
     let config = api.get("/vm/config");
     assert_eq!(config["network-interfaces"][0]["host_dev_name"], two.name());
@@ -126,7 +127,7 @@ pub fn interfaces_get_other_taps() {
 
 pub fn devices_can_be_elsewhere() {
     let place = Place::new();
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     configure(&vmm, &mut api, 1, 128);
     let image = place.path("image");
     fs::write(&image, [7; 4096]).expect("an image");
@@ -165,7 +166,7 @@ pub fn devices_can_be_elsewhere() {
         assert!(message.contains(reason), "{message}");
     }
     assert!(!place.path("w.sock").exists());
-    let (_vmm, mut api) = quiet();
+    let (_vmm, mut api) = Vmm::quiet();
     api.put("/snapshot/load", &with("data", &moved));
     let config = api.get("/vm/config");
     assert_eq!(config["drives"][0]["path_on_host"], json!(moved));
@@ -177,7 +178,7 @@ pub fn what_is_allowed_when() {
     let place = Place::new();
     saved(&place);
     let (create, load) = (place.create().to_string(), place.load().to_string());
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     let early = "not supported before starting the microVM";
     assert!(
         api.refused("PUT", "/snapshot/create", &create)
@@ -206,7 +207,7 @@ pub fn what_is_allowed_when() {
     assert!(message.contains("both /tmp/x"), "{message}");
 
     // Log, metrics and console are no part of the machine.
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     let metrics = vmm.path("metrics");
     api.put("/metrics", &json!({ "metrics_path": metrics }));
     let console = vmm.path("console");

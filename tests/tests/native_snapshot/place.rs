@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-pub use lepton_tests::counting::{check_counts, configure, let_run, quiet};
+pub use lepton_tests::counting::{check_counts, configure, let_run};
 use lepton_tests::{Api, Vmm};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -64,7 +64,7 @@ pub fn flip(path: &Path, at: u64) {
 
 /// A machine of the counting guest that has run for a while and is paused.
 pub fn paused(vcpus: u8, mib: u64) -> (Vmm, Api) {
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     configure(&vmm, &mut api, vcpus, mib);
     api.start();
     let_run(&mut api);
@@ -74,7 +74,7 @@ pub fn paused(vcpus: u8, mib: u64) -> (Vmm, Api) {
 
 /// Loads by a process of its own.
 pub fn load(place: &Place) -> (Vmm, Api) {
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     api.put("/snapshot/load", &place.load());
     (vmm, api)
 }
@@ -82,7 +82,7 @@ pub fn load(place: &Place) -> (Vmm, Api) {
 /// The reason for which a load is refused, after which the process is as before.
 #[track_caller]
 pub fn refusal(request: &Value) -> String {
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     let before = vmm.open_files();
     let message = api.refused("PUT", "/snapshot/load", &request.to_string());
     assert_eq!(api.state(), "Not started");

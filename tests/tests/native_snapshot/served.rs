@@ -5,7 +5,8 @@ use std::process::{Command, Stdio};
 
 use serde_json::json;
 
-use crate::place::{Place, let_run, quiet, refusal, saved};
+use crate::place::{Place, let_run, refusal, saved};
+use lepton_tests::Vmm;
 
 /// Serves page faults from a memory file by Firecracker's protocol.
 const HANDLER: &str = r#"
@@ -53,7 +54,7 @@ pub fn another_process_serves_memory() {
     let lines = BufReader::new(handler.stdout.take().expect("a pipe")).lines();
     let mut lines = lines.map_while(Result::ok);
     assert_eq!(lines.next().as_deref(), Some("ready"));
-    let (vmm, mut api) = quiet();
+    let (vmm, mut api) = Vmm::quiet();
     api.put("/snapshot/load", &request);
     let_run(&mut api);
     assert_eq!(lines.next().as_deref(), Some("served 1"));
