@@ -98,6 +98,25 @@ impl Linux {
         }
     }
 
+    /// A guest that runs already, in `vmm`: its vsock is where [`Linux::boot`] puts it.
+    #[track_caller]
+    pub fn running(vmm: Vmm, api: Api) -> Self {
+        let agent = Client::connect(&vmm.directory().join("v.sock")).expect("the agent listens");
+        let info = agent.info().expect("the agent answers");
+        let ready = Ready {
+            version: info.agent_version,
+            protocol: lepton_agent::PROTOCOL_VERSION,
+            start_us: info.start_us,
+            ready_us: info.ready_us,
+        };
+        Self {
+            vmm,
+            api,
+            agent,
+            ready,
+        }
+    }
+
     /// Where the host reaches the guest's vsock.
     pub fn uds_path(&self) -> PathBuf {
         self.vmm.directory().join("v.sock")

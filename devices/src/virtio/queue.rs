@@ -367,6 +367,23 @@ impl VirtQueue {
         Ok(self.rings.avail_index()? != next)
     }
 
+    /// Asks the driver to kick when it makes one more chain available than there are now, whether or not they were
+    /// taken. Returns what [`VirtQueue::made_available`] is until then.
+    pub fn enable_kicks_for_more(&mut self) -> Result<u16, QueueError> {
+        let made = self.rings.avail_index()?;
+        self.mark_used_ring();
+        match self.queue.event_idx_enabled() {
+            true => self.rings.set_avail_event(made)?,
+            false => self.rings.set_used_flags(0)?,
+        }
+        Ok(made)
+    }
+
+    /// How many chains the driver has made available in all. Wraps.
+    pub fn made_available(&self) -> Result<u16, QueueError> {
+        self.rings.avail_index()
+    }
+
     /// Hands each available chain to `each`, at most `budget` of them, with kicks suppressed meanwhile, and signals
     /// what `each` completed.
     pub fn drain(

@@ -14,11 +14,13 @@ use lepton_devices::Memory;
 use lepton_devices::legacy::ioapic::{self, MsiSink};
 use lepton_devices::virtio::transport::mmio::QUEUE_NOTIFY;
 use lepton_hostio::inherited;
+use rustix::time::ClockId;
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::layout;
+use crate::machine::boot_timer::time_on;
 use crate::vcpu::state::Saveable;
 
 const API_VERSION: i32 = 12;
@@ -223,13 +225,18 @@ impl Vm {
     /// The machine's kvm-clock. No vCPU may run.
     pub fn clock(&self) -> Result<ClockState, KvmError> {
         let clock = call("KVM_GET_CLOCK", self.fd.get_clock())?;
+        let realtime = match clock.flags & KVM_CLOCK_REALTIME != 0 {
+            true => clock.realtime,
+            // KVM tells both together only where vCPUs' time stamp counters agree. A moment later is near enough.
+            false => time_on(ClockId::Realtime).as_nanos() as u64,
+        };
         Ok(ClockState {
             nanoseconds: clock.clock,
-            realtime: (clock.flags & KVM_CLOCK_REALTIME != 0).then_some(clock.realtime),
+            realtime: Some(realtime),
         })
     }
 
-    /// Sets the kvm-clock; with `catch_up`, ahead by the time that has passed since it was saved, where KVM can tell.
+    /// Sets the kvm-clock; with `catch_up`, ahead by the time that has passed since it was saved, where that is known.
     pub fn set_clock(&self, clock: &ClockState, catch_up: bool) -> Result<(), KvmError> {
         let realtime = clock.realtime.filter(|_| catch_up);
         let data = kvm_clock_data {
@@ -252,7 +259,7 @@ impl Vm {
 pub struct ClockState {
     /// Nanoseconds that the guest has seen.
     pub nanoseconds: u64,
-    /// The host's wall clock at that moment, in nanoseconds; none from a KVM that does not tell.
+    /// The host's wall clock at that moment, in nanoseconds; none in snapshots of old on a KVM that did not tell.
     pub realtime: Option<u64>,
 }
 

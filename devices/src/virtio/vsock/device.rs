@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
 use vm_memory::VolatileSlice;
@@ -41,6 +41,11 @@ const READ_BUFFERS: usize = 32;
 /// Bytes read from one host before another gets its turn.
 const READ_BYTES: u32 = 128 << 10;
 
+/// For how long nothing of the host reaches a guest that has not heard yet that its connections are gone: it would take
+/// new ones for lost ones. A driver hears of it as soon as the guest runs, which may take long on a host that is busy; one
+/// that does not listen gets its connections all the same.
+const RESET_PATIENCE: Duration = Duration::from_secs(30);
+
 /// What a socket device is made of.
 #[derive(Debug)]
 pub struct VsockConfig {
@@ -63,6 +68,8 @@ pub struct Vsock {
     pub(super) active: Option<Active>,
     /// Its state was loaded: the driver, if there is one, has connections that are gone.
     pub(super) restored: bool,
+    /// [`RESET_PATIENCE`].
+    pub(super) reset_patience: Duration,
 }
 
 /// What a device has between activation and reset.
@@ -78,6 +85,10 @@ pub(super) struct Active {
     fresh: bool,
     /// The guest is to be told that all its connections are gone.
     transport_reset: bool,
+    /// It was told in the event queue, and gives the buffer back once it has read it: how many it had given before.
+    reset_told: Option<u16>,
+    /// When its time for that is over.
+    reset_over: Option<Instant>,
     /// Buffers of one read. Empty between reads; kept for its memory.
     buffers: Vec<(Chain, u32)>,
 }
@@ -99,6 +110,7 @@ impl Vsock {
             metrics,
             active: None,
             restored: false,
+            reset_patience: RESET_PATIENCE,
         })
     }
 
@@ -115,6 +127,7 @@ impl Vsock {
             Some(active) => {
                 active.fresh = true;
                 active.transport_reset = true;
+                active.reset_over = None;
                 active.send_event()
             }
             None => Ok(()),
@@ -128,7 +141,9 @@ impl Vsock {
         };
         let now = Instant::now();
         let mut more = false;
-        if kicked.is_none() || active.fresh {
+        if active.is_resetting(&mut self.muxer, now, self.reset_patience) {
+            active.fresh = true;
+        } else if kicked.is_none() || active.fresh {
             active.fresh = false;
             more |= self.muxer.poll(now) == Progress::Again;
         }
@@ -160,6 +175,33 @@ fn counted<T>(
 }
 
 impl Active {
+    /// Whether the guest is about to hear that its connections are gone.
+    fn is_resetting(&mut self, muxer: &mut Muxer, now: Instant, patience: Duration) -> bool {
+        if !self.transport_reset && self.reset_told.is_none() {
+            return false;
+        }
+        let over = *self.reset_over.get_or_insert_with(|| {
+            let over = now + patience;
+            muxer.wake_at(over, now);
+            over
+        });
+        if now >= over {
+            self.reset_told = None;
+        }
+        now < over
+    }
+
+    /// Looks whether the guest has given back the buffer in which it was told of the reset.
+    fn look_for_reset(&mut self) -> Result<(), DeviceError> {
+        if let Some(before) = self.reset_told {
+            let made = self.event.made_available();
+            if made.map_err(|error| self.event.fail(error))? != before {
+                self.reset_told = None;
+            }
+        }
+        Ok(())
+    }
+
     fn drain_tx(&mut self, muxer: &mut Muxer, now: Instant) -> Result<Progress, DeviceError> {
         self.tx_stopped = muxer.is_congested();
         if self.tx_stopped {
@@ -298,6 +340,8 @@ impl Active {
             let event = EVENT_TRANSPORT_RESET.to_le_bytes();
             let fits = chain.writable.len() >= event.len() as u64;
             if fits {
+                // Before the guest sees the buffer: it may give it back at once.
+                self.reset_told = Some(self.event.enable_kicks_for_more()?);
                 chain.writable.write_at(self.event.memory(), 0, &event)?;
                 self.transport_reset = false;
             } else {
@@ -383,6 +427,8 @@ impl VirtioDevice for Vsock {
             rx_kicks: true,
             fresh: true,
             transport_reset: std::mem::take(&mut self.restored),
+            reset_told: None,
+            reset_over: None,
             buffers: Vec::with_capacity(READ_BUFFERS),
         });
         Ok(())
@@ -401,8 +447,12 @@ impl VirtioDevice for Vsock {
     fn process_queue(&mut self, queue: usize) -> Result<Progress, DeviceError> {
         match (queue, &mut self.active) {
             (EVENT, Some(active)) => {
-                let result = active.send_event();
+                let result = active.look_for_reset().and_then(|()| active.send_event());
                 counted(result, &self.metrics.ev_queue_event_fails)?;
+                // What was held back meanwhile.
+                if active.fresh {
+                    return self.service(None);
+                }
                 Ok(Progress::Done)
             }
             (RX | TX, Some(_)) => self.service(Some(queue)),

@@ -4,8 +4,10 @@
 //! ([`MAX_CONNECTIONS`]), of bytes held for slow hosts ([`LARGE_BUFFER`]), of clients that never say what they want
 //! ([`super::handshake::MAX_WAITING`]) and of refusals that the guest does not take ([`Muxer::is_congested`]).
 
+use std::collections::hash_map::RandomState;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ffi::OsString;
+use std::hash::{BuildHasher, Hasher};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -156,6 +158,19 @@ impl Muxer {
         self.deadlines.clear();
         // A timer that goes off for nothing does nothing.
         self.accepting = true;
+    }
+
+    /// Gives clients other ports than a process before this one may have given: the guest may still know of those.
+    pub fn scatter_ports(&mut self) {
+        // Keys of the standard hasher come from the host's random source and differ each time.
+        let random = RandomState::new().build_hasher().finish() as u32;
+        self.last_port = random % FIRST_CLIENT_PORT + FIRST_CLIENT_PORT;
+    }
+
+    /// Has the device look at its sockets again at `when`.
+    pub fn wake_at(&mut self, when: Instant, now: Instant) {
+        self.deadlines.insert((when, Alarm::Accept));
+        self.arm_timer(now);
     }
 
     /// Looks at what became ready. Bounded.

@@ -29,6 +29,8 @@ impl Vsock {
             active: _,
             // Set on a load.
             restored: _,
+            // The same for every device.
+            reset_patience: _,
         } = self;
         VsockState { cid: cid.get() }
     }
@@ -54,6 +56,7 @@ impl Vsock {
             });
         }
         self.restored = true;
+        self.muxer.scatter_ports();
         Ok(())
     }
 }

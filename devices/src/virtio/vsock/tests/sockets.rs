@@ -359,17 +359,22 @@ fn a_host_that_leaves_is_told_and_a_silent_guest_is_left() {
     rig.expect(Op::Rst);
 }
 
-#[test]
-fn the_one_descriptor_tells_of_everything() {
-    let mut rig = Rig::new();
+/// Waits, for so many milliseconds, as the event loop does. Returns how many descriptors have something to do.
+fn edges(rig: &Rig) -> impl Fn(i32) -> usize + use<> {
     let epoll = Epoll::new().unwrap();
     let source = rig.device.sources()[0];
     let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
     epoll.ctl(ControlOperation::Add, source, event).unwrap();
-    let wait = |timeout| {
+    move |timeout| {
         let mut events = [EpollEvent::default(); 4];
         epoll.wait(timeout, &mut events).unwrap()
-    };
+    }
+}
+
+#[test]
+fn the_one_descriptor_tells_of_everything() {
+    let mut rig = Rig::new();
+    let wait = edges(&rig);
     while wait(0) > 0 {
         rig.run();
     }
@@ -440,7 +445,36 @@ fn a_transport_reset_is_told_once_there_is_a_buffer() {
     assert_eq!(rig.driver.queues[EVENT].used(), []);
     rig.device.transport_reset().unwrap();
     assert_eq!(rig.driver.queues[EVENT].used(), [(heads[2], 4)]);
+    // Until the guest has read it, nobody reaches it.
+    let mut early = rig.client();
+    early.write_all(b"CONNECT 9\n").unwrap();
+    rig.run();
+    let _ = rig.device.process_queue(EVENT).unwrap();
+    rig.run();
+    assert!(rig.inbox.is_empty(), "{:?}", rig.inbox);
+    rig.driver.queues[EVENT].offer(&[spare]);
+    let _ = rig.device.process_queue(EVENT).unwrap();
+    rig.run();
+    assert_eq!(rig.expect(Op::Request).0.dst_port, 9);
     accepted_client(&mut rig, 8);
+}
+
+#[test]
+fn a_guest_that_does_not_read_events_is_reached_in_the_end() {
+    let mut rig = Rig::new();
+    let wait = edges(&rig);
+    rig.device.reset_patience = Duration::from_millis(200);
+    rig.device.transport_reset().unwrap();
+    let mut early = rig.client();
+    early.write_all(b"CONNECT 9\n").unwrap();
+    let start = Instant::now();
+    rig.run();
+    while rig.inbox.is_empty() {
+        assert!(wait(10_000) > 0);
+        rig.run();
+    }
+    assert!(start.elapsed() >= Duration::from_millis(200));
+    assert_eq!(rig.expect(Op::Request).0.dst_port, 9);
 }
 
 #[test]

@@ -1,0 +1,282 @@
+//! Linux guests that are saved, loaded and cloned.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant, SystemTime};
+
+use lepton_agent::client::{ExitStatus, Output};
+use lepton_tests::linux::{self, Linux};
+use lepton_tests::suite::{self, Order};
+use lepton_tests::{PATIENCE, Vmm, test};
+use rustix::fs::{SeekFrom, seek};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+fn main() -> ExitCode {
+    suite::run(
+        // Each machine has both processors for itself: clocks are compared.
+        Order::OneByOne,
+        &linux::NEEDS,
+        [
+            test!(a_guest_is_saved_and_loaded),
+            test!(a_running_guest_is_cloned),
+        ],
+    )
+}
+
+/// The guest's clock, by `adjtimex`.
+#[track_caller]
+fn clock(guest: &Linux) -> Duration {
+    let text = guest.sh("adjtimex");
+    let field = |name: &str| -> u64 {
+        let line = text.lines().find_map(|line| line.trim().strip_prefix(name));
+        let number = line.and_then(|line| line.split_whitespace().next());
+        let number = number.and_then(|number| number.parse().ok());
+        number.unwrap_or_else(|| panic!("no {name} in {text}"))
+    };
+    Duration::new(field("time.tv_sec:"), 0) + Duration::from_micros(field("time.tv_usec:"))
+}
+
+fn now() -> Duration {
+    let now = SystemTime::UNIX_EPOCH.elapsed();
+    now.expect("after 1970")
+}
+
+/// How far the guest's clock is ahead of the host's, in seconds: between these two.
+#[track_caller]
+fn ahead(guest: &Linux) -> (f64, f64) {
+    let before = now().as_secs_f64();
+    let time = clock(guest).as_secs_f64();
+    let after = now().as_secs_f64();
+    (time - after, time - before)
+}
+
+/// Checks that the guest's clock is as right as it was before, but for a second. In the lab it is not quite right from the
+/// beginning.
+#[track_caller]
+fn check_clock(guest: &Linux, before: (f64, f64)) {
+    let now = ahead(guest);
+    assert!(
+        now.1 >= before.0 - 1.0 && now.0 <= before.1 + 1.0,
+        "ahead by {before:?} s, then by {now:?} s"
+    );
+}
+
+/// Seconds since the guest booted, by CLOCK_BOOTTIME; as it is never suspended, CLOCK_MONOTONIC is the same.
+#[track_caller]
+fn uptime(guest: &Linux) -> f64 {
+    let text = guest.sh("cat /proc/uptime");
+    let first = text.split(' ').next().expect("a word");
+    first.parse().expect("seconds")
+}
+
+/// Checks that the guest's kernel took the gap in its time for granted. What it said of its boot has been cleared.
+#[track_caller]
+fn check_log(guest: &Linux) {
+    guest.sh("! dmesg | grep -E 'stall|lockup|BUG:|WARNING:|skew'");
+}
+
+/// Lays the data of `changes` over `base`, as far as it has some.
+fn lay_over(base: &Path, changes: &Path) {
+    let from = File::open(changes).expect("changes");
+    let to = OpenOptions::new().write(true).open(base).expect("a base");
+    let mut at = 0;
+    while let Ok(start) = seek(&from, SeekFrom::Data(at)) {
+        let end = seek(&from, SeekFrom::Hole(start)).expect("an end");
+        let mut bytes = vec![0; (end - start) as usize];
+        from.read_exact_at(&mut bytes, start).expect("data");
+        to.write_all_at(&bytes, start).expect("room");
+        at = end;
+    }
+}
+
+/// Where a machine is saved.
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Place(TempDir::new().expect("a temporary directory"))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Saves a machine, as it is now.
+    #[track_caller]
+    fn save(&self, guest: &mut Linux, kind: &str) {
+        guest.api.reach("Paused");
+        guest.api.put(
+            "/snapshot/create",
+            &json!({
+                "snapshot_type": kind,
+                "snapshot_path": self.path("state"),
+                "mem_file_path": self.path(kind),
+            }),
+        );
+    }
+
+    /// Loads what was saved, into a new process.
+    #[track_caller]
+    fn load(&self) -> Linux {
+        let (vmm, mut api) = Vmm::with_api();
+        api.put(
+            "/snapshot/load",
+            &json!({
+                "snapshot_path": self.path("state"),
+                "mem_backend": { "backend_type": "File", "backend_path": self.path("Full") },
+                "track_dirty_pages": true,
+                "resume_vm": true,
+                "clock_realtime": true,
+                "vsock_override": { "uds_path": vmm.path("v.sock") },
+            }),
+        );
+        Linux::running(vmm, api)
+    }
+}
+
+fn a_guest_is_saved_and_loaded() {
+    let place = Place::new();
+    let mut guest = Linux::boot("quiet", |_, config| {
+        config["machine-config"]["track_dirty_pages"] = true.into();
+        config["machine-config"]["vcpu_count"] = 2.into();
+    });
+    let clock = ahead(&guest);
+    guest.sh("dmesg -c >/dev/null; echo one > /tmp/one");
+    let first = uptime(&guest);
+    place.save(&mut guest, "Full");
+    drop(guest);
+
+    let mut guest = place.load();
+    let second = uptime(&guest);
+    assert!(second >= first, "{second} after {first}");
+    check_clock(&guest, clock);
+    assert_eq!(guest.sh("cat /tmp/one; nproc"), "one\n2");
+    guest.sh("echo two > /tmp/two");
+    check_log(&guest);
+    let second = uptime(&guest);
+
+    // What has changed since, over what was there.
+    place.save(&mut guest, "Diff");
+    drop(guest);
+    lay_over(&place.path("Full"), &place.path("Diff"));
+    let guest = place.load();
+    let third = uptime(&guest);
+    assert!(third >= second, "{third} after {second}");
+    check_clock(&guest, clock);
+    assert_eq!(guest.sh("cat /tmp/one /tmp/two"), "one\ntwo");
+    // It also ends as it should.
+    guest.shut_down();
+}
+
+/// A process that waits for a machine.
+struct Heir {
+    vmm: Vmm,
+    adopt: PathBuf,
+}
+
+impl Heir {
+    fn new() -> Self {
+        let builder = Vmm::builder();
+        let adopt = builder.directory().join("adopt.sock");
+        let vmm = builder
+            .arguments(["--adopt".into(), adopt.clone().into_os_string()])
+            .spawn();
+        // Once the API has answered, all of it is there.
+        vmm.api().state();
+        Heir { vmm, adopt }
+    }
+
+    /// What a request to clone says of it.
+    fn child(&self) -> Value {
+        json!({
+            "adopt_socket": self.adopt,
+            "vsock_override": { "uds_path": self.vmm.path("v.sock") },
+        })
+    }
+
+    /// Its guest.
+    #[track_caller]
+    fn linux(self) -> Linux {
+        let api = self.vmm.api();
+        Linux::running(self.vmm, api)
+    }
+}
+
+#[track_caller]
+fn clone(guest: &mut Linux, children: &[Value]) -> Value {
+    let request = json!({ "children": children }).to_string();
+    let (status, reply) = guest.api.request("PUT", "/clone", &request);
+    assert_eq!(status, 200, "{reply}");
+    serde_json::from_str(&reply).expect("a reply in JSON")
+}
+
+fn a_running_guest_is_cloned() {
+    let mut guest = Linux::boot("quiet", |_, config| {
+        config["machine-config"]["clonable"] = true.into();
+        config["machine-config"]["vcpu_count"] = 2.into();
+    });
+    guest.sh("dmesg -c >/dev/null; echo one > /tmp/one");
+    // A conversation that goes on: each line comes back.
+    let cat = guest.start("while read line; do echo $line; done");
+    let talk = |line: &str| {
+        assert!(cat.write_stdin(line.as_bytes()).expect("the agent listens"));
+        let mut heard = Vec::new();
+        while heard.len() < line.len() {
+            let more = cat.read(Output::Stdout).expect("the agent listens");
+            assert!(!more.is_empty(), "the conversation ended");
+            heard.extend(more);
+        }
+        assert_eq!(String::from_utf8_lossy(&heard), line);
+    };
+    talk("before\n");
+    let before = uptime(&guest);
+    let clock = ahead(&guest);
+    let heirs = [Heir::new(), Heir::new()];
+    let children: Vec<Value> = heirs.iter().map(Heir::child).collect();
+    clone(&mut guest, &children);
+    talk("after\n");
+    check_clock(&guest, clock);
+    let children = heirs.map(Heir::linux);
+    for (number, child) in children.iter().enumerate() {
+        check_clock(child, clock);
+        let after = uptime(child);
+        assert!(after >= before, "{after} after {before}");
+        assert_eq!(child.sh("cat /tmp/one"), "one");
+        // Whoever talked to the machine does not talk to its copy: the connection has ended there, and what was started over
+        // it with it.
+        let deadline = Instant::now() + PATIENCE;
+        while child.sh("ps | grep -c '[w]hile read line'; :") != "0" {
+            assert!(Instant::now() < deadline, "{}", child.sh("ps"));
+        }
+        child.sh(&format!("echo {number} > /tmp/mine; cat /tmp/mine"));
+    }
+    talk("at last\n");
+    for (number, child) in children.iter().enumerate() {
+        assert_eq!(child.sh("cat /tmp/mine"), number.to_string());
+        check_log(child);
+    }
+    let seen = guest.run("cat /tmp/mine", b"");
+    assert_ne!(seen.status, ExitStatus::Exited(0), "{seen:?}");
+
+    // A copy of a copy, while the others go on.
+    let [mut child, other] = children;
+    let heir = Heir::new();
+    clone(&mut child, &[heir.child()]);
+    let grandchild = heir.linux();
+    check_clock(&grandchild, clock);
+    assert_eq!(grandchild.sh("cat /tmp/one /tmp/mine"), "one\n0");
+    grandchild.shut_down();
+    child.shut_down();
+    talk("still here\n");
+    cat.close_stdin().expect("the agent listens");
+    assert_eq!(
+        cat.wait().expect("the agent listens"),
+        ExitStatus::Exited(0)
+    );
+    guest.shut_down();
+    assert_eq!(other.sh("cat /tmp/mine"), "1");
+    other.shut_down();
+}
