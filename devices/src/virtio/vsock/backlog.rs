@@ -1,64 +1,110 @@
 //! Bytes from the guest that a host socket could not take yet.
 
+use std::collections::VecDeque;
 use std::io;
 
 use vm_memory::{VolatileMemoryError, VolatileSlice, WriteVolatile};
 
-/// An empty backlog keeps at most this much memory.
-const KEEP: usize = 64 << 10;
+/// Bytes are held in chunks of this size.
+pub const CHUNK: usize = 64 << 10;
 
-/// A queue of bytes. Flow control bounds it to the connection's `buf_alloc`.
+/// Empty chunks kept for the next connection whose host is slow.
+const KEEP: usize = 16;
+
+/// Chunks that nobody uses. Memory fresh from the kernel costs more than the copy into it, so what one connection's
+/// backlog gives up is the next one's.
+#[derive(Debug, Default)]
+pub struct Spare(Vec<Vec<u8>>);
+
+impl Spare {
+    /// An empty chunk.
+    fn take(&mut self) -> Vec<u8> {
+        self.0.pop().unwrap_or_else(|| Vec::with_capacity(CHUNK))
+    }
+
+    fn give(&mut self, mut chunk: Vec<u8>) {
+        if self.0.len() < KEEP {
+            chunk.clear();
+            self.0.push(chunk);
+        }
+    }
+
+    /// Gives all memory back.
+    pub fn clear(&mut self) {
+        self.0 = Vec::new();
+    }
+}
+
+/// A queue of bytes. Flow control bounds it to the connection's `buf_alloc`, so there are no more chunks than hold so
+/// much, and one.
 #[derive(Debug, Default)]
 pub struct Backlog {
-    bytes: Vec<u8>,
-    /// Bytes at the front that are gone already.
+    /// None is empty.
+    chunks: VecDeque<Vec<u8>>,
+    /// Bytes at the front of the first chunk that are gone already.
     start: usize,
 }
 
 impl Backlog {
-    /// Bytes held.
-    pub fn len(&self) -> usize {
-        self.bytes.len() - self.start
-    }
-
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.chunks.is_empty()
     }
 
-    /// The bytes, oldest first.
+    /// The oldest bytes, as many as lie together. Some, unless there are none at all.
     pub fn bytes(&self) -> &[u8] {
-        self.bytes.get(self.start..).unwrap_or_default()
+        let first = self
+            .chunks
+            .front()
+            .and_then(|first| first.get(self.start..));
+        first.unwrap_or_default()
     }
 
     /// Appends `slice`.
-    pub fn push(&mut self, slice: &VolatileSlice) -> io::Result<()> {
-        // Each byte is moved only after as many have left, so moving costs no more than the copy here.
-        if self.start > self.bytes.len() / 2 {
-            self.bytes.drain(..self.start);
-            self.start = 0;
-        }
-        self.bytes
-            .write_all_volatile(slice)
-            .map_err(|error| match error {
+    pub fn push(&mut self, slice: &VolatileSlice, spare: &mut Spare) -> io::Result<()> {
+        let mut done = 0;
+        while done < slice.len() {
+            let mut chunk = match self.chunks.pop_back() {
+                Some(last) if last.len() < CHUNK => last,
+                full => {
+                    self.chunks.extend(full);
+                    spare.take()
+                }
+            };
+            let here = (slice.len() - done).min(CHUNK - chunk.len());
+            let copied = slice
+                .subslice(done, here)
+                .and_then(|part| chunk.write_all_volatile(&part));
+            if !chunk.is_empty() {
+                self.chunks.push_back(chunk);
+            }
+            copied.map_err(|error| match error {
                 VolatileMemoryError::IOError(error) => error,
                 other => io::Error::other(other),
-            })
+            })?;
+            done += here;
+        }
+        Ok(())
     }
 
     /// Drops the `len` oldest bytes.
-    pub fn consume(&mut self, len: usize) {
-        self.start = self.start.saturating_add(len).min(self.bytes.len());
-        if self.is_empty() {
-            self.clear();
+    pub fn consume(&mut self, len: usize, spare: &mut Spare) {
+        let mut left = self.start.saturating_add(len);
+        while let Some(first) = self.chunks.pop_front() {
+            if left < first.len() {
+                self.chunks.push_front(first);
+                self.start = left;
+                return;
+            }
+            left -= first.len();
+            spare.give(first);
         }
+        self.start = 0;
     }
 
     /// Drops all.
     pub fn clear(&mut self) {
-        self.bytes.clear();
-        self.bytes.shrink_to(KEEP);
-        self.start = 0;
+        *self = Backlog::default();
     }
 }
 
@@ -66,28 +112,45 @@ impl Backlog {
 mod tests {
     use super::*;
 
-    fn push(backlog: &mut Backlog, mut bytes: Vec<u8>) {
+    fn push(backlog: &mut Backlog, spare: &mut Spare, mut bytes: Vec<u8>) {
         backlog
-            .push(&VolatileSlice::from(bytes.as_mut_slice()))
+            .push(&VolatileSlice::from(bytes.as_mut_slice()), spare)
             .unwrap();
     }
 
     #[test]
-    fn bytes_leave_in_order_and_memory_is_given_back() {
-        let mut backlog = Backlog::default();
-        let mut expected = std::collections::VecDeque::new();
+    fn bytes_leave_in_order_and_memory_is_used_again() {
+        let (mut backlog, mut spare) = (Backlog::default(), Spare::default());
+        let mut expected = VecDeque::new();
         for round in 0..100u32 {
-            let chunk: Vec<u8> = (0..5000).map(|i| (i * 7 + round) as u8).collect();
+            let chunk: Vec<u8> = (0..50_000).map(|i| (i * 7 + round) as u8).collect();
             expected.extend(chunk.iter().copied());
-            push(&mut backlog, chunk);
-            let gone = 4000 + round as usize;
-            backlog.consume(gone);
+            push(&mut backlog, &mut spare, chunk);
+            let gone = 40_000 + round as usize;
+            backlog.consume(gone, &mut spare);
             expected.drain(..gone);
-            assert!(expected.iter().eq(backlog.bytes()));
+            assert!(expected.iter().eq(held(&backlog).iter()));
+            assert!(backlog.chunks.len() <= expected.len() / CHUNK + 2);
+            assert!(backlog.bytes().is_empty() == backlog.is_empty());
         }
-        assert!(backlog.bytes.len() <= 2 * backlog.len() + 5000);
-        push(&mut backlog, vec![1; 4 * KEEP]);
-        backlog.consume(usize::MAX);
-        assert!(backlog.is_empty() && backlog.bytes.capacity() <= KEEP);
+        let before = spare.0.len();
+        assert!(before > 0);
+        push(&mut backlog, &mut spare, vec![1; CHUNK]);
+        assert!(spare.0.len() < before);
+        push(&mut backlog, &mut spare, vec![1; 2 * KEEP * CHUNK]);
+        backlog.consume(usize::MAX, &mut spare);
+        assert!(backlog.is_empty() && backlog.bytes().is_empty());
+        assert_eq!(spare.0.len(), KEEP);
+        assert!(spare.0.iter().all(|chunk| chunk.capacity() == CHUNK));
+    }
+
+    fn held(backlog: &Backlog) -> Vec<u8> {
+        backlog
+            .chunks
+            .iter()
+            .flatten()
+            .copied()
+            .skip(backlog.start)
+            .collect()
     }
 }

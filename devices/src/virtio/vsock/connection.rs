@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
 
-use super::backlog::Backlog;
+use super::backlog::{Backlog, Spare};
 use super::credit::{CreditError, ReceiveCredit, SendCredit};
 use super::packet::{ConnectionKey, Header, Op, ShutdownFlags, TYPE_STREAM};
 use super::poller::Readiness;
@@ -256,6 +256,7 @@ impl<S: HostStream> Connection<S> {
         data: &[VolatileSlice],
         now: Instant,
         metrics: &VsockMetrics,
+        spare: &mut Spare,
     ) {
         let known = self.take_credit(packet);
         match (self.phase, packet.op) {
@@ -264,7 +265,9 @@ impl<S: HostStream> Connection<S> {
             _ if known.is_err() => self.abort(now),
             (Phase::Connecting, Some(Op::Response)) => self.accepted(now),
             (_, Some(Op::Rst)) => self.end(now),
-            (Phase::Open, Some(Op::Rw)) => self.on_data(packet.len, data, now, metrics),
+            (Phase::Open, Some(Op::Rw)) => {
+                self.on_data(packet.len, data, now, metrics, spare);
+            }
             (Phase::Open, Some(Op::Shutdown)) => {
                 self.guest = self.guest.or(ShutdownFlags::parse(packet.flags));
                 self.settle(now);
@@ -276,7 +279,13 @@ impl<S: HostStream> Connection<S> {
     }
 
     /// Takes news of the host's socket.
-    pub fn on_host(&mut self, ready: Readiness, now: Instant, metrics: &VsockMetrics) {
+    pub fn on_host(
+        &mut self,
+        ready: Readiness,
+        now: Instant,
+        metrics: &VsockMetrics,
+        spare: &mut Spare,
+    ) {
         self.readable |= ready.readable;
         if ready.hung_up {
             if self.phase == Phase::Connecting {
@@ -294,7 +303,7 @@ impl<S: HostStream> Connection<S> {
             );
         }
         if ready.writable {
-            self.flush(now, metrics);
+            self.flush(now, metrics, spare);
         }
     }
 
@@ -358,12 +367,19 @@ impl<S: HostStream> Connection<S> {
         }
     }
 
-    fn on_data(&mut self, len: u32, data: &[VolatileSlice], now: Instant, metrics: &VsockMetrics) {
+    fn on_data(
+        &mut self,
+        len: u32,
+        data: &[VolatileSlice],
+        now: Instant,
+        metrics: &VsockMetrics,
+        spare: &mut Spare,
+    ) {
         if self.guest.send || self.receive.receive(len).is_err() {
             self.abort(now);
             return;
         }
-        if !self.host.receive && self.store(data, metrics).is_err() {
+        if !self.host.receive && self.store(data, metrics, spare).is_err() {
             metrics.tx_write_fails.inc();
             self.host_gave_up(
                 ShutdownFlags {
@@ -381,7 +397,12 @@ impl<S: HostStream> Connection<S> {
     }
 
     /// Writes `data` to the host, and keeps what it does not take.
-    fn store(&mut self, data: &[VolatileSlice], metrics: &VsockMetrics) -> io::Result<()> {
+    fn store(
+        &mut self,
+        data: &[VolatileSlice],
+        metrics: &VsockMetrics,
+        spare: &mut Spare,
+    ) -> io::Result<()> {
         let mut skip = 0;
         if self.backlog.is_empty() {
             skip = match self.stream.write_from(data) {
@@ -396,17 +417,17 @@ impl<S: HostStream> Connection<S> {
             skip -= here;
             if here < slice.len() {
                 let rest = slice.offset(here).map_err(io::Error::other)?;
-                self.backlog.push(&rest)?;
+                self.backlog.push(&rest, spare)?;
             }
         }
         Ok(())
     }
 
-    fn flush(&mut self, now: Instant, metrics: &VsockMetrics) {
+    fn flush(&mut self, now: Instant, metrics: &VsockMetrics, spare: &mut Spare) {
         while !self.backlog.is_empty() {
             match self.stream.write_bytes(self.backlog.bytes()) {
                 Ok(written) if written > 0 => {
-                    self.backlog.consume(written);
+                    self.backlog.consume(written, spare);
                     self.forwarded(written, metrics);
                     if self.phase == Phase::Draining {
                         self.deadline = Some(now + DRAIN_TIMEOUT);

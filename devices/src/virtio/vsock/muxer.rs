@@ -21,6 +21,7 @@ use rustix::net::{
 use vm_memory::VolatileSlice;
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::backlog::Spare;
 use super::connection::{Connection, Next};
 use super::handshake::{Line, Waiting};
 use super::packet::{ConnectionKey, Header, Op, TYPE_STREAM};
@@ -35,7 +36,8 @@ pub const MAX_CONNECTIONS: usize = 1023;
 pub const LARGE_BUFFER: u32 = 256 << 10;
 /// Connections that get a [`LARGE_BUFFER`].
 pub const LARGE_BUFFERS: usize = 64;
-/// Bytes of receive buffer of all others. Together 76 MiB, if every host is slow and the guest floods all of them.
+/// Bytes of receive buffer of all others. Together 76 MiB, and 64 MiB more in chunks that are not full, if every host is
+/// slow and the guest floods all of them.
 pub const SMALL_BUFFER: u32 = 64 << 10;
 
 /// Refusals waiting for the guest at which no more of its packets are taken.
@@ -94,6 +96,8 @@ pub struct Muxer {
     ready: VecDeque<ConnectionKey>,
     deadlines: BTreeSet<(Instant, Alarm)>,
     last_port: u32,
+    /// For what hosts do not take at once.
+    spare: Spare,
     /// There may be clients to accept.
     accepting: bool,
     metrics: Arc<VsockMetrics>,
@@ -126,6 +130,7 @@ impl Muxer {
             ready: VecDeque::new(),
             deadlines: BTreeSet::new(),
             last_port: FIRST_CLIENT_PORT,
+            spare: Spare::default(),
             accepting: true,
             metrics,
         })
@@ -152,6 +157,7 @@ impl Muxer {
             .conns_removed
             .add(self.connections.len() as u64);
         self.connections.clear();
+        self.spare.clear();
         self.waiting.clear();
         self.replies.clear();
         self.ready.clear();
@@ -217,7 +223,8 @@ impl Muxer {
         }
         match self.connections.get_mut(&key) {
             Some(slot) if !slot.connection.is_over_for_guest() => {
-                slot.connection.on_packet(packet, data, now, &self.metrics);
+                let (metrics, spare) = (&self.metrics, &mut self.spare);
+                slot.connection.on_packet(packet, data, now, metrics, spare);
                 self.sync(key);
             }
             None if packet.op == Some(Op::Request) => {
@@ -284,7 +291,8 @@ impl Muxer {
 
     fn on_host(&mut self, key: ConnectionKey, ready: Readiness, now: Instant) {
         if let Some(slot) = self.connections.get_mut(&key) {
-            slot.connection.on_host(ready, now, &self.metrics);
+            slot.connection
+                .on_host(ready, now, &self.metrics, &mut self.spare);
             self.sync(key);
         }
     }
@@ -454,6 +462,9 @@ impl Muxer {
             return;
         };
         self.metrics.conns_removed.inc();
+        if self.connections.is_empty() {
+            self.spare.clear();
+        }
         if slot.queued {
             self.ready.retain(|&other| other != key);
         }

@@ -13,6 +13,7 @@ const BUF: u32 = 1000;
 struct Rig {
     connection: Connection<FakeStream>,
     metrics: VsockMetrics,
+    spare: Spare,
     now: Instant,
     fwd_cnt: u32,
     buf_alloc: u32,
@@ -47,6 +48,7 @@ impl Rig {
         let mut rig = Rig {
             connection: Connection::from_host(KEY, Self::cid(), stream(), BUF, now),
             metrics: VsockMetrics::default(),
+            spare: Spare::default(),
             now,
             fwd_cnt: 0,
             buf_alloc: 100,
@@ -99,7 +101,7 @@ impl Rig {
         let mut data = data.to_vec();
         let slices = [VolatileSlice::from(data.as_mut_slice())];
         self.connection
-            .on_packet(header, &slices, self.now, &self.metrics);
+            .on_packet(header, &slices, self.now, &self.metrics, &mut self.spare);
     }
 
     fn host(&mut self, readable: bool, writable: bool, hung_up: bool) {
@@ -108,7 +110,8 @@ impl Rig {
             writable,
             hung_up,
         };
-        self.connection.on_host(ready, self.now, &self.metrics);
+        self.connection
+            .on_host(ready, self.now, &self.metrics, &mut self.spare);
     }
 
     fn stream(&mut self) -> &mut FakeStream {
@@ -466,7 +469,7 @@ fn scattered_data_is_cut_anywhere() {
             .collect();
         let header = rig.packet(Some(Op::Rw), 0, 9);
         rig.connection
-            .on_packet(&header, &slices, rig.now, &rig.metrics);
+            .on_packet(&header, &slices, rig.now, &rig.metrics, &mut rig.spare);
         assert_eq!(rig.connection.wants_writable(), room < 9);
         rig.stream().room = 100;
         rig.host(false, true, false);
