@@ -34,9 +34,10 @@ pub const MAX_CONNECTIONS: usize = 1023;
 /// Bytes of receive buffer (`buf_alloc`) of the first [`LARGE_BUFFERS`] connections: how much a guest may send to a
 /// host that does not read.
 pub const LARGE_BUFFER: u32 = 256 << 10;
-/// Connections that get a [`LARGE_BUFFER`].
-pub const LARGE_BUFFERS: usize = 64;
-/// Bytes of receive buffer of all others. Together 76 MiB, and 64 MiB more in chunks that are not full, if every host is
+/// Connections that get a [`LARGE_BUFFER`]. What many of them hold would not stay in a processor's cache until the hosts
+/// read it.
+pub const LARGE_BUFFERS: usize = 8;
+/// Bytes of receive buffer of all others. Together 66 MiB, and 64 MiB more in chunks that are not full, if every host is
 /// slow and the guest floods all of them.
 pub const SMALL_BUFFER: u32 = 64 << 10;
 
