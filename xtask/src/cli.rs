@@ -11,6 +11,7 @@ use crate::bench::{self, BenchArguments};
 use crate::cache::Cache;
 use crate::check;
 use crate::doctor;
+use crate::fuzz::{self, FuzzArguments};
 use crate::guest;
 use crate::lab::{self, Lab, Place, Share, Streams};
 use crate::programs::Profile;
@@ -59,6 +60,10 @@ enum Command {
     /// Attack the VMM from inside a guest on this machine, and say whether it held.
     Selftest(SelftestArguments),
 
+    /// Look for input that breaks the code which takes it, by libFuzzer, or list what there is to be broken.
+    #[command(after_help = "Example: cargo xtask fuzz http --seconds 60")]
+    Fuzz(FuzzArguments),
+
     /// Say what this machine can do, and how to mend what it lacks.
     Doctor,
 }
@@ -104,7 +109,7 @@ struct TestArguments {
     #[arg(long)]
     release: bool,
 
-    /// Only these: format, lints, dependencies, units, calls, instructions, lab, or a word in the names of system test programs
+    /// Only these: format, lints, dependencies, units, calls, instructions, fuzz, lab, or a word in the names of system test programs
     #[arg(value_name = "WORD", conflicts_with = "fast")]
     only: Vec<String>,
 }
@@ -170,6 +175,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         Command::Lab(arguments) => run_lab(arguments),
         Command::Guest(arguments) => guest::run(arguments),
         Command::Selftest(arguments) => selftest::run(&arguments),
+        Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::Doctor => doctor::run(),
     }
 }

@@ -5,6 +5,7 @@ mod cache;
 mod check;
 mod cli;
 mod doctor;
+mod fuzz;
 mod guest;
 mod host;
 mod lab;

@@ -1,10 +1,10 @@
 //! The agent's side of the protocol, over any listening socket.
 
 mod process;
-mod request;
+pub mod request;
 mod table;
 mod terminal;
-mod user;
+pub mod user;
 
 use std::collections::HashMap;
 use std::os::fd::{IntoRawFd, OwnedFd, RawFd};

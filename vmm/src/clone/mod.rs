@@ -19,7 +19,7 @@
 
 mod adopt;
 mod hand_over;
-mod message;
+pub mod message;
 
 pub use adopt::{AdoptError, Adopter, Adoption, Source};
 pub use hand_over::{CloneError, Finished, HandOver, Heirs};

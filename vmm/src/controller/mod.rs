@@ -4,7 +4,7 @@ mod clone;
 mod dispatch;
 mod mailbox;
 mod phase;
-mod policy;
+pub mod policy;
 mod snapshot;
 
 pub use self::dispatch::{Controller, Next, Options};

@@ -3,6 +3,7 @@
 mod captured;
 mod counts;
 mod dependencies;
+mod fuzzing;
 pub mod instructions;
 mod lab_itself;
 mod lab_tests;
@@ -57,8 +58,9 @@ pub fn run(fast: bool, release: bool, only: &[String]) -> Result<u8> {
         ("dependencies", crate_dependencies),
         ("units", unit_tests),
     ];
-    let slow: [(&str, Check); 2] = [
+    let slow: [(&str, Check); 3] = [
         ("instructions", instructions::run),
+        ("fuzz", fuzzing::run),
         ("lab", lab_itself::run),
     ];
     let chosen = |name: &str| only.is_empty() || only.iter().any(|word| word == name);
