@@ -236,8 +236,10 @@ fn request_types() -> Vec<Checked> {
     let socket = json!({"uds_path": "/v"});
     let overlay = json!({"path": "/o", "layers": ["/l"]});
     let image = json!({"drive_id": "a", "path_on_host": "/d", "overlay": overlay});
+    let place = json!({"drive_id": "a", "path": "/o"});
     let child = json!({
         "adopt_socket": "/a", "network_overrides": [tap], "vsock_override": socket, "drive_overrides": [image],
+        "overlays": [place],
     });
     vec![
         checked::<BootSource>(
@@ -316,6 +318,7 @@ fn request_types() -> Vec<Checked> {
             json!({"children": [child], "resume_children": false}),
         ),
         checked::<CloneChild>("CloneChild", child.clone()),
+        checked::<CloneOverlay>("CloneOverlay", place.clone()),
         checked::<MemoryBackend>("MemoryBackend", backend.clone()),
         checked::<NetworkOverride>("NetworkOverride", tap.clone()),
         checked::<VsockOverride>("VsockOverride", socket.clone()),

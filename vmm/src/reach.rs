@@ -91,6 +91,11 @@ impl Reach {
         }
     }
 
+    /// An overlay that is written. Clones of the machine need others beside it.
+    pub fn overlay(&mut self, path: &Path) {
+        self.files(&folder_of(path));
+    }
+
     /// A socket of this process, which it removes when it ends.
     pub fn socket(&mut self, path: &Path) {
         self.allow(&folder_of(path), AccessFs::RemoveFile.into());

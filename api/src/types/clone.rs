@@ -36,6 +36,19 @@ pub struct CloneChild {
     /// Other images.
     #[serde(default)]
     pub drive_overrides: Vec<DriveOverride>,
+    /// Where what the copy writes to drives with an overlay is kept. For others it goes with the copy.
+    #[serde(default)]
+    pub overlays: Vec<CloneOverlay>,
+}
+
+/// A file for what a copy writes to a drive.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CloneOverlay {
+    /// The drive, which has an overlay.
+    pub drive_id: String,
+    /// The copy's overlay file, as the copy sees it. It is made, and must not be in use.
+    pub path: String,
 }
 
 /// Reply to `PUT /clone`.

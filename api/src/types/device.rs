@@ -62,8 +62,10 @@ pub struct Drive {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DriveOverlay {
-    /// This machine's overlay file, which is made if it is not there.
-    pub path: String,
+    /// This machine's overlay file, which is made if it is not there. Required; absent only in what is told of a copy
+    /// whose file has no name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
     /// Frozen overlays between it and the image, the lowest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub layers: Vec<String>,

@@ -12,7 +12,7 @@ mod machine;
 mod snapshot;
 mod telemetry;
 
-pub use clone::{CloneChild, CloneMachine, Cloned, ClonedChild};
+pub use clone::{CloneChild, CloneMachine, CloneOverlay, Cloned, ClonedChild};
 pub use cpu::{
     Bitmap32, Bitmap64, CpuConfig, CpuidLeafModifier, CpuidRegister, CpuidRegisterModifier,
     KvmCapability, MsrModifier,

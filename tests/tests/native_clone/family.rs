@@ -1,6 +1,7 @@
 //! Machines and those who become their copies.
 
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 
 use lepton_tests::counting::{configure, let_run};
 use lepton_tests::{Api, Vmm};
@@ -37,6 +38,17 @@ impl Heir {
     /// One with an id, that is ready.
     #[track_caller]
     pub fn called(id: &str) -> Self {
+        Self::start(id, &[])
+    }
+
+    /// One that may make files in that folder only.
+    #[track_caller]
+    pub fn within(id: &str, folder: &Path) -> Self {
+        Self::start(id, &["--allow-path".as_ref(), folder.as_os_str()])
+    }
+
+    #[track_caller]
+    fn start(id: &str, more: &[&OsStr]) -> Self {
         let builder = Vmm::builder();
         let log = builder.directory().join("log");
         let socket = builder.directory().join("adopt.sock");
@@ -45,6 +57,7 @@ impl Heir {
             .arguments(arguments)
             .arguments(["--id", id, "--adopt"])
             .arguments([socket.clone().into_os_string()])
+            .arguments(more)
             .spawn();
         let mut api = vmm.api();
         assert_eq!(api.state(), "Not started");

@@ -1,6 +1,7 @@
 //! Machines that are cloned while they run.
 
 mod apart;
+mod drives;
 mod family;
 mod going_on;
 mod refused;
@@ -11,8 +12,11 @@ use lepton_tests::suite::{self, Need, Order};
 use lepton_tests::test;
 
 use apart::*;
+use drives::*;
 use going_on::*;
 use refused::*;
+
+const PROBE: Need = Need::File("LEPTON_PROBE");
 
 fn main() -> ExitCode {
     suite::run(
@@ -27,6 +31,12 @@ fn main() -> ExitCode {
             test!(a_copy_can_be_saved),
             test!(whoever_is_killed_the_others_go_on),
             test!(devices_of_copies_are_elsewhere).needs(Need::Root),
+            test!(a_copy_has_the_drive_as_it_was).needs(PROBE),
+            test!(twenty_copies_of_a_guest_that_writes).needs(PROBE),
+            test!(drives_of_those_who_are_left_go_on).needs(PROBE),
+            test!(drives_of_copies_of_copies).needs(PROBE),
+            test!(drives_of_many_layers_are_cloned).needs(PROBE),
+            test!(clones_that_fail_leave_no_files).needs(PROBE),
             test!(all_children_or_none),
             test!(what_cannot_be_cloned_is_named),
             test!(bytes_of_anybody_are_refused),

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use lepton_api::types::HugePages;
@@ -14,7 +15,8 @@ use lepton_snapshot::MAX_STATE;
 use lepton_snapshot::codec::{self, CodecError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::message::{Answer, GO, MAX_MESSAGE, Machine, Offer, PATIENCE, VERSION};
+use super::drives::{HandedError, NewFiles};
+use super::message::{Answer, GO, MAX_MESSAGE, MORE, Machine, Offer, PATIENCE, VERSION};
 use crate::config::Configuration;
 use crate::config::saved::{Overrides, SavedConfigError};
 use crate::controller::{Mailbox, Message};
@@ -43,6 +45,10 @@ pub enum AdoptError {
     Machine(#[source] CodecError),
     #[error("its memory has {saved} bytes, its configuration says {configured}")]
     MemorySize { saved: u64, configured: u64 },
+    #[error("offer: {0} descriptors are more than a machine has")]
+    Descriptors(u32),
+    #[error("drive {id}: {source}")]
+    Drive { id: String, source: HandedError },
     #[error("memory: {0}")]
     Base(#[from] BaseError),
     #[error(transparent)]
@@ -81,6 +87,9 @@ impl Source {
         Ok(Source::Connected(PacketSocket::inherited(number)?))
     }
 }
+
+/// Most descriptors of a machine: 59 devices of 250 layers each, and its memory.
+const MAX_DESCRIPTORS: u32 = 16 << 10;
 
 const LISTENER: u32 = 0;
 const LINK: u32 = 1;
@@ -174,6 +183,8 @@ pub struct Adopted {
     pub resume: bool,
     /// Whether there are no other copies.
     pub alone: bool,
+    /// What was made for it.
+    pub new_files: NewFiles,
 }
 
 impl Adoption {
@@ -183,7 +194,18 @@ impl Adoption {
         if offer.version != VERSION {
             return Err(AdoptError::Version(offer.version));
         }
-        let mut files = std::mem::take(&mut self.offer.files).into_iter();
+        let mut files = std::mem::take(&mut self.offer.files);
+        if offer.files > MAX_DESCRIPTORS {
+            return Err(AdoptError::Descriptors(offer.files));
+        }
+        while files.len() < offer.files as usize {
+            let more = self.next_word(PATIENCE)?;
+            if more.bytes != MORE || more.files.is_empty() {
+                return Err(AdoptError::Empty);
+            }
+            files.extend(more.files);
+        }
+        let mut files = files.into_iter();
         let machine = File::from(files.next().ok_or(AdoptError::Empty)?);
         let length = usize::try_from(offer.machine)
             .ok()
@@ -195,11 +217,20 @@ impl Adoption {
             mut state,
             memory,
             extents,
+            memory_files,
         } = codec::decode(&bytes).map_err(AdoptError::Machine)?;
-        let base = Base::received(memory, extents, files.collect())?;
+        let of_memory = files.by_ref().take(memory_files as usize).collect();
+        let base = Base::received(memory, extents, of_memory)?;
         let overrides = Overrides::from(offer.changes);
         state.config.apply(&overrides)?;
-        let configuration = state.config.build(&overrides)?;
+        let mut new_files = NewFiles::default();
+        let mut images = Vec::new();
+        for drive in offer.drives {
+            let id = drive.drive_id.clone();
+            let image = drive.take(&mut files, &mut new_files);
+            images.push(image.map_err(|source| AdoptError::Drive { id, source })?);
+        }
+        let configuration = state.config.build(&overrides, images)?;
         let shape = configuration.shape();
         if shape.huge_pages == HugePages::Hugetlbfs2M {
             return Err(AdoptError::HugePages);
@@ -218,6 +249,7 @@ impl Adoption {
             ram,
             resume: offer.resume,
             alone: offer.alone,
+            new_files,
         })
     }
 
@@ -232,19 +264,24 @@ impl Adoption {
             return Ok(());
         }
         // The other side waits for all the other copies before.
-        let left = Timespec::try_from(PATIENCE * 2).map_err(io::Error::other)?;
+        match self.next_word(PATIENCE * 2)? {
+            packet if packet.bytes == GO => Ok(()),
+            _ => Err(io::Error::other("an unknown word")),
+        }
+    }
+
+    fn next_word(&self, patience: Duration) -> io::Result<Packet> {
+        let left = Timespec::try_from(patience).map_err(io::Error::other)?;
         let mut polled = [PollFd::new(&self.socket, PollFlags::IN)];
         loop {
+            if let Some(packet) = self.socket.receive(MAX_MESSAGE)? {
+                return Ok(packet);
+            }
             match poll(&mut polled, Some(&left)) {
                 Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
                 Ok(_) => {}
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(error) => return Err(error.into()),
-            }
-            match self.socket.receive(MAX_MESSAGE)? {
-                Some(packet) if packet.bytes == GO => return Ok(()),
-                Some(_) => return Err(io::Error::other("an unknown word")),
-                None => {}
             }
         }
     }

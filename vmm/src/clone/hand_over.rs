@@ -6,11 +6,14 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use lepton_api::types::{CloneMachine, Cloned, ClonedChild};
-use lepton_hostio::packet::PacketSocket;
+use lepton_hostio::packet::{MAX_FILES, PacketSocket};
 use lepton_snapshot::codec::{self, CodecError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::message::{Answer, Changes, GO, MAX_MESSAGE, Machine, Offer, PATIENCE, VERSION};
+use super::drives::{Drives, Wants};
+use super::message::{Answer, Changes, GO, MAX_MESSAGE, MORE, Machine, Offer, PATIENCE, VERSION};
+use crate::config::devices::DeviceConfigError;
+use crate::config::devices::sharing::SharedDrive;
 use crate::kvm::KvmError;
 use crate::machine::state::{MachineState, SaveError};
 use crate::memory::base;
@@ -33,9 +36,20 @@ pub enum CloneError {
     #[error("adopt_socket {}: {source}", path.display())]
     Connect { path: PathBuf, source: io::Error },
     #[error(
-        "drive {0} can be written to: give each child an image of its own, with the same content, by drive_overrides"
+        "drive {0} can be written to: give each child an image of its own, with the same content, by drive_overrides, or \
+         the machine an overlay for it, before it starts"
     )]
     Writable(String),
+    #[error("overlays: there is no drive {0} with an overlay that can be written to")]
+    NoOverlay(String),
+    #[error("overlays: drive {0} is elsewhere by drive_overrides, which name its overlay too")]
+    Elsewhere(String),
+    #[error(transparent)]
+    Drive(#[from] DeviceConfigError),
+    #[error(
+        "drive {drive}: what a child writes cannot have a file: {source}; overlays names one that the child makes"
+    )]
+    NoRoom { drive: String, source: io::Error },
     #[error(transparent)]
     Kvm(#[from] KvmError),
     #[error("it cannot stand still: {0}")]
@@ -63,6 +77,7 @@ struct Heir {
     path: PathBuf,
     socket: PacketSocket,
     changes: Changes,
+    wants: Wants,
 }
 
 /// The processes that wait for the machine. Dropped, they wait for another.
@@ -93,6 +108,7 @@ impl Heirs {
                 path,
                 socket,
                 changes: Changes::from(child),
+                wants: Wants::from(child),
             });
         }
         Ok(Heirs {
@@ -106,6 +122,7 @@ impl Heirs {
         self,
         state: MachineState,
         memory: Frozen,
+        drives: Vec<SharedDrive>,
         pause: Duration,
     ) -> Result<HandOver, CloneError> {
         let resumed = Instant::now();
@@ -114,8 +131,9 @@ impl Heirs {
             state,
             memory: base.bytes(),
             extents: base.extents().to_vec(),
+            memory_files: base.files().len() as u32,
         };
-        offer(&self, &machine, &base)?;
+        offer(&self, &machine, &base, &Drives::new(drives)?)?;
         Ok(HandOver {
             heirs: self.heirs,
             leftovers,
@@ -172,23 +190,37 @@ fn microseconds(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-fn offer(heirs: &Heirs, machine: &Machine, memory: &base::Base) -> Result<(), CloneError> {
+fn offer(
+    heirs: &Heirs,
+    machine: &Machine,
+    memory: &base::Base,
+    drives: &Drives,
+) -> Result<(), CloneError> {
     let bytes = codec::encode(machine)?;
     let file = base::new_file(bytes.len() as u64)?;
     std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 0)?;
     base::seal(&file)?;
-    let mut files = vec![file.as_fd()];
-    files.extend(memory.files().iter().map(|file| file.as_fd()));
+    let mut common = vec![file.as_fd()];
+    common.extend(memory.files().iter().map(|file| file.as_fd()));
     let Heirs { heirs, resume } = heirs;
     for heir in heirs {
+        let parcel = drives.parcel(&heir.wants)?;
+        let mut files = common.clone();
+        files.extend(parcel.files());
         let offer = Offer {
             version: VERSION,
             machine: bytes.len() as u64,
             changes: heir.changes.clone(),
             resume: *resume,
             alone: heirs.len() == 1,
+            drives: parcel.drives.clone(),
+            files: files.len() as u32,
         };
-        let sent = heir.socket.send(&codec::encode(&offer)?, &files);
+        let (first, rest) = files.split_at(files.len().min(MAX_FILES));
+        let mut sent = heir.socket.send(&codec::encode(&offer)?, first);
+        for more in rest.chunks(MAX_FILES) {
+            sent = sent.and_then(|()| heir.socket.send(MORE, more));
+        }
         sent.map_err(|source| heir.failed(source))?;
     }
     Ok(())

@@ -5,16 +5,19 @@ use std::time::Duration;
 use lepton_api::types::{CloneChild, DriveOverlay, DriveOverride};
 use serde::{Deserialize, Serialize};
 
+use super::drives::HandedDrive;
 use crate::config::saved::{Overrides, SavedOverlay};
 use crate::machine::state::MachineState;
 use crate::memory::base::Extent;
 
 /// Version of all of this. Both sides have the same.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Most bytes of a message.
 pub const MAX_MESSAGE: usize = 64 << 10;
 /// How long one side waits for the other.
 pub const PATIENCE: Duration = Duration::from_secs(5);
+/// Comes with further descriptors.
+pub const MORE: &[u8] = b"more";
 /// The last word.
 pub const GO: &[u8] = b"go";
 
@@ -31,6 +34,10 @@ pub struct Offer {
     pub resume: bool,
     /// Whether there are no other copies to wait for: then there is no last word either.
     pub alone: bool,
+    /// Drives that are open already. Their descriptors come behind those of memory.
+    pub drives: Vec<HandedDrive>,
+    /// Descriptors in all. What one message has no room for comes with others, [`MORE`].
+    pub files: u32,
 }
 
 /// What is different in a copy.
@@ -95,6 +102,8 @@ pub struct Machine {
     pub memory: u64,
     /// Where memory is: in the descriptors behind the first.
     pub extents: Vec<Extent>,
+    /// How many those are.
+    pub memory_files: u32,
 }
 
 /// What is said to an offer.

@@ -12,14 +12,17 @@
 //!
 //! One copy alone need not wait for the last word.
 //!
-//! One message each, over a socket of type SOCK_SEQPACKET. With the offer go descriptors: of the state, encoded as in a
-//! snapshot, and of the files that memory is in (see [`crate::memory::base`]). A VMM in a jail can neither fork nor start
+//! One message each, over a socket of type SOCK_SEQPACKET; only the offer may have others behind it, with the descriptors
+//! that one message has no room for. With the offer go descriptors: of the state, encoded as in a snapshot, of the files
+//! that memory is in (see [`crate::memory::base`]), and of drives' images (see [`drives`]). A VMM in a jail can neither fork nor start
 //! programs, so it is others who start the processes; in return each is in a jail of its own, and may have its own user.
 //! Neither side believes the other: what comes is bounded and checked, and nobody waits for ever.
 
 mod adopt;
+mod drives;
 mod hand_over;
 pub mod message;
 
 pub use adopt::{AdoptError, Adopter, Adoption, Source};
+pub use drives::{NewFiles, wanted as wanted_drives};
 pub use hand_over::{CloneError, Finished, HandOver, Heirs};

@@ -10,14 +10,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use lepton_api::types as wire;
 use lepton_devices::metrics::MetricGroup;
 use lepton_devices::rate_limiter::{BucketConfig, RateLimiterConfig};
-use lepton_devices::virtio::block::overlay::{Chain, Overlay, OverlayError};
-use lepton_devices::virtio::block::{Block, BlockConfig, BlockError, CacheType, EngineKind};
-use lepton_devices::virtio::net::{Net, NetConfig, NetError};
+use lepton_devices::virtio::block::overlay::OverlayError;
+use lepton_devices::virtio::block::{Block, BlockError, Image};
+use lepton_devices::virtio::net::{Net, NetError};
 use lepton_devices::virtio::transport::mmio::SharedDevice;
 use lepton_devices::virtio::vsock::{self, Cid, Vsock, VsockConfig};
 use lepton_hostio::file::{DiskOpenError, open_disk};
 use lepton_hostio::listener::{self, BindError, SocketFile};
-use lepton_hostio::tap::{Tap, TapError};
+use lepton_hostio::tap::TapError;
+
+use self::open::{make_drive, make_interface, open_drive};
+use crate::reach::Reach;
+
+mod open;
+pub mod sharing;
 
 const MAX_ID: usize = 64;
 const QUEUE_SIZE: u16 = 256;
@@ -38,6 +44,10 @@ pub enum DeviceConfigError {
     UnderOverlay(String),
     #[error("drive {0}: path_on_host is missing")]
     NoPath(String),
+    #[error("drive {0}: overlay: path is missing")]
+    NoOverlayPath(String),
+    #[error("drive {id}: it cannot be shared: {source}")]
+    Share { id: String, source: io::Error },
     #[error("drive {0}: socket: vhost-user drives are not offered; name an image by path_on_host")]
     VhostUser(String),
     #[error("drive {id}: is_root_device: drive {root} is the root device already")]
@@ -81,6 +91,8 @@ pub enum DeviceConfigError {
 struct DriveSlot {
     wire: wire::Drive,
     device: Arc<Mutex<Block>>,
+    /// Another process has opened its files: what its paths say is so there.
+    is_handed: bool,
 }
 
 struct InterfaceSlot {
@@ -150,6 +162,15 @@ fn merge(old: &mut Option<wire::RateLimiter>, patch: Option<&wire::RateLimiter>)
 impl Devices {
     /// PUT /drives/{id}: adds a drive or replaces the one of that id. On error nothing changes.
     pub fn put_drive(&mut self, wire: wire::Drive) -> Result<(), DeviceConfigError> {
+        self.add_drive(wire, None)
+    }
+
+    /// With the image that is given, or what the paths lead to.
+    fn add_drive(
+        &mut self,
+        wire: wire::Drive,
+        image: Option<Image>,
+    ) -> Result<(), DeviceConfigError> {
         let id = wire.drive_id.clone();
         check_id("drive_id", &id)?;
         if wire.socket.is_some() {
@@ -172,8 +193,17 @@ impl Devices {
             let partuuid = partuuid.clone();
             return Err(DeviceConfigError::PartUuid { id, partuuid });
         }
-        let device = Arc::new(Mutex::new(make_drive(&wire)?));
-        let slot = DriveSlot { wire, device };
+        let is_handed = image.is_some();
+        let image = match image {
+            Some(image) => image,
+            None => open_drive(&wire)?,
+        };
+        let device = Arc::new(Mutex::new(make_drive(&wire, image)?));
+        let slot = DriveSlot {
+            wire,
+            device,
+            is_handed,
+        };
         match self.drives.iter_mut().find(|d| d.wire.drive_id == id) {
             Some(old) => *old = slot,
             None => self.drives.push(slot),
@@ -213,6 +243,7 @@ impl Devices {
                     source,
                 })?;
             slot.wire.path_on_host = Some(path.clone());
+            slot.is_handed = false;
         }
         if let Some(limiter) = &patch.rate_limiter {
             let limits = limits(Some(limiter));
@@ -404,6 +435,25 @@ impl Devices {
         }
     }
 
+    /// Leaves in `reach` what requests may open for drives later.
+    pub fn reach(&self, reach: &mut Reach) {
+        for DriveSlot {
+            wire, is_handed, ..
+        } in &self.drives
+        {
+            let is_read_only = wire.is_read_only.unwrap_or(false);
+            if let (Some(path), false) = (&wire.path_on_host, is_handed) {
+                reach.image(Path::new(path), is_read_only || wire.overlay.is_some());
+            }
+            let overlay = wire.overlay.as_ref().and_then(|o| o.path.as_ref());
+            match overlay.map(Path::new) {
+                Some(path) if !is_read_only => reach.overlay(path),
+                Some(path) if !is_handed => reach.image(path, true),
+                _ => {}
+            }
+        }
+    }
+
     /// Drives as configured.
     pub fn drives(&self) -> impl Iterator<Item = &wire::Drive> {
         self.drives.iter().map(|d| &d.wire)
@@ -418,52 +468,4 @@ impl Devices {
     pub fn vsock(&self) -> Option<&wire::Vsock> {
         self.vsock.as_ref().map(|v| &v.wire)
     }
-}
-
-fn make_drive(wire: &wire::Drive) -> Result<Block, DeviceConfigError> {
-    let id = || wire.drive_id.clone();
-    let path = wire
-        .path_on_host
-        .as_ref()
-        .ok_or_else(|| DeviceConfigError::NoPath(id()))?;
-    let (path, read_only) = (Path::new(path), wire.is_read_only.unwrap_or(false));
-    let image = match &wire.overlay {
-        None => open_disk(path, read_only)
-            .map_err(|source| DeviceConfigError::Disk { id: id(), source })?
-            .into(),
-        Some(overlay) => Chain::open(path, &overlay.layers)
-            .and_then(|chain| Overlay::open(chain, Path::new(&overlay.path), read_only))
-            .map_err(|source| DeviceConfigError::Overlay { id: id(), source })?
-            .into(),
-    };
-    Block::new(BlockConfig {
-        image,
-        serial: None,
-        cache: match wire.cache_type {
-            wire::CacheType::Unsafe => CacheType::Unsafe,
-            wire::CacheType::Writeback => CacheType::Writeback,
-        },
-        engine: match wire.io_engine.unwrap_or_default() {
-            wire::IoEngine::Sync => EngineKind::Sync,
-            wire::IoEngine::Async => EngineKind::Async,
-        },
-        queue_size: QUEUE_SIZE,
-        rate_limiter: limits(wire.rate_limiter.as_ref()),
-    })
-    .map_err(|source| DeviceConfigError::Block { id: id(), source })
-}
-
-fn make_interface(wire: &wire::NetworkInterface) -> Result<Net, DeviceConfigError> {
-    let id = || wire.iface_id.clone();
-    let tap = Tap::open(&wire.host_dev_name)
-        .map_err(|source| DeviceConfigError::Tap { id: id(), source })?;
-    Net::new(NetConfig {
-        tap,
-        mac: wire.guest_mac.map(|mac| mac.0),
-        mtu: wire.mtu,
-        queue_size: QUEUE_SIZE,
-        rx_rate_limiter: limits(wire.rx_rate_limiter.as_ref()),
-        tx_rate_limiter: limits(wire.tx_rate_limiter.as_ref()),
-    })
-    .map_err(|source| DeviceConfigError::Net { id: id(), source })
 }

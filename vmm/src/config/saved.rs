@@ -2,6 +2,7 @@
 //! It goes the same way as a request does: parsed, checked, opened.
 
 use lepton_api::types as wire;
+use lepton_devices::virtio::block::Image;
 use serde::{Deserialize, Serialize};
 
 use super::{ConfigError, Configuration};
@@ -57,6 +58,7 @@ pub struct SavedDrive {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct SavedOverlay {
+    /// Empty if it has no name.
     pub path: String,
     pub layers: Vec<String>,
 }
@@ -64,14 +66,20 @@ pub struct SavedOverlay {
 impl From<&wire::DriveOverlay> for SavedOverlay {
     fn from(wire: &wire::DriveOverlay) -> Self {
         let wire::DriveOverlay { path, layers } = wire.clone();
-        SavedOverlay { path, layers }
+        SavedOverlay {
+            path: path.unwrap_or_default(),
+            layers,
+        }
     }
 }
 
 impl From<&SavedOverlay> for wire::DriveOverlay {
     fn from(saved: &SavedOverlay) -> Self {
         let SavedOverlay { path, layers } = saved.clone();
-        wire::DriveOverlay { path, layers }
+        wire::DriveOverlay {
+            path: Some(path).filter(|path| !path.is_empty()),
+            layers,
+        }
     }
 }
 
@@ -211,6 +219,16 @@ impl From<&Configuration> for SavedConfig {
     }
 }
 
+/// A drive's image that another process has opened.
+pub struct HandedImage {
+    /// The drive.
+    pub drive_id: String,
+    /// What is behind it.
+    pub image: Image,
+    /// Where its own overlay is, if that has a name.
+    pub path: Option<String>,
+}
+
 /// Devices that are somewhere else than when the machine was saved, and what the load says of memory.
 #[derive(Debug, Clone, Default)]
 pub struct Overrides {
@@ -285,8 +303,13 @@ impl SavedConfig {
         Ok(())
     }
 
-    /// Opens images and taps and binds the socket, as the requests did by which the machine was configured.
-    pub fn build(&self, overrides: &Overrides) -> Result<Configuration, SavedConfigError> {
+    /// Opens images and taps and binds the socket, as the requests did by which the machine was configured. Images that
+    /// were `handed` are open.
+    pub fn build(
+        &self,
+        overrides: &Overrides,
+        mut handed: Vec<HandedImage>,
+    ) -> Result<Configuration, SavedConfigError> {
         let mut configuration = Configuration::new()?;
         let SavedMachine {
             vcpu_count,
@@ -313,7 +336,19 @@ impl SavedConfig {
         refuse_twins(self.interfaces.iter().map(|i| &i.iface_id))?;
         let devices = &mut configuration.devices;
         for drive in &self.drives {
-            devices.put_drive(drive.into()).map_err(ConfigError::from)?;
+            let mut wire = wire::Drive::from(drive);
+            let is_it = |handed: &HandedImage| handed.drive_id == drive.drive_id;
+            let put = match handed.iter().position(is_it) {
+                None => devices.put_drive(wire),
+                Some(index) => {
+                    let HandedImage { image, path, .. } = handed.swap_remove(index);
+                    if let (Some(overlay), false) = (&mut wire.overlay, drive.is_read_only) {
+                        overlay.path = path;
+                    }
+                    devices.put_handed_drive(wire, image)
+                }
+            };
+            put.map_err(ConfigError::from)?;
         }
         for interface in &self.interfaces {
             devices

@@ -1,5 +1,6 @@
 //! The request that clones a machine, and the offer of one.
 
+use std::path::Path;
 use std::sync::mpsc::SyncSender;
 use std::time::Instant;
 
@@ -9,7 +10,9 @@ use lepton_api::{Action, Fault, Reply};
 use super::dispatch::{Controller, Next, console_of, refused};
 use super::phase::Phase;
 use super::policy::{self, Stage};
-use crate::clone::{AdoptError, Adoption, CloneError, Finished, HandOver, Heirs};
+use crate::clone::{self, AdoptError, Adoption, CloneError, Finished, HandOver, Heirs, NewFiles};
+use crate::config::Configuration;
+use crate::config::devices::sharing::SharedDrive;
 use crate::config::saved::SavedConfig;
 use crate::events::Loop;
 use crate::exit::ExitCode;
@@ -39,6 +42,8 @@ struct Restored {
     resume: bool,
     /// Whether there are no other copies.
     alone: bool,
+    /// What was made for it.
+    new_files: NewFiles,
 }
 
 impl Controller {
@@ -93,34 +98,31 @@ impl Controller {
 
     /// What can be refused is refused first, then the machine stands still for as long as must be.
     fn begin_clone(&mut self, request: &CloneMachine) -> Result<HandOver, CloneError> {
-        for drive in self.configuration.devices.drives() {
-            let is_elsewhere = request.children.iter().all(|child| {
-                let mut elsewhere = child.drive_overrides.iter();
-                elsewhere.any(|other| other.drive_id == drive.drive_id)
-            });
-            if !drive.is_read_only.unwrap_or(false) && !is_elsewhere {
-                return Err(CloneError::Writable(drive.drive_id.clone()));
-            }
-        }
+        let drives = clone::wanted_drives(request, self.configuration.devices.drives())?;
         let heirs = Heirs::connect(request)?;
         let saveable = match self.saveable.take() {
             Some(known) => known,
             None => Hypervisor::open()?.saveable()?,
         };
-        let config = SavedConfig::from(&self.configuration);
+        let order = Order {
+            saveable: &saveable,
+            drives: &drives,
+            scratch: &self.options.scratch(),
+        };
+        let configuration = &mut self.configuration;
         let started = Instant::now();
         let phase = std::mem::replace(&mut self.phase, Phase::Configuring);
         let (phase, taken) = match phase {
             Phase::Running(running) => {
                 let (mut paused, result) = running.pause();
                 let taken = match result {
-                    Ok(()) => take(&mut paused, &saveable, config),
+                    Ok(()) => take(&mut paused, configuration, &order),
                     Err(error) => Err(CloneError::Pause(error)),
                 };
                 (Phase::Running(paused.resume()), taken)
             }
             Phase::Paused(mut paused) => {
-                let taken = take(&mut paused, &saveable, config);
+                let taken = take(&mut paused, configuration, &order);
                 (Phase::Paused(paused), taken)
             }
             // The policy has refused before.
@@ -129,12 +131,12 @@ impl Controller {
         self.phase = phase;
         self.saveable = Some(saveable);
         let pause = started.elapsed();
-        let (state, memory) = taken?;
+        let (state, memory, drives) = taken?;
         log::info!(
             "machine cloned for {} processes; it stood still for {pause:?}",
             request.children.len()
         );
-        heirs.offer(state, memory, pause)
+        heirs.offer(state, memory, drives, pause)
     }
 
     /// Takes the machine that is offered, or refuses it.
@@ -147,6 +149,7 @@ impl Controller {
             paused,
             resume,
             alone,
+            mut new_files,
         } = match taken {
             Ok(taken) => taken,
             Err(error) => {
@@ -160,6 +163,7 @@ impl Controller {
             self.phase = Phase::Paused(paused);
             return Next::Exit(ExitCode::Failure);
         }
+        new_files.keep();
         self.phase = match resume {
             true => Phase::Running(paused.resume()),
             false => Phase::Paused(paused),
@@ -195,6 +199,7 @@ impl Controller {
             paused: self.adopt(built, room, events),
             resume: adopted.resume,
             alone: adopted.alone,
+            new_files: adopted.new_files,
         })
     }
 
@@ -207,13 +212,29 @@ impl Controller {
     }
 }
 
-/// The state first: nothing of it may still change memory.
+/// What is to be taken of a machine.
+struct Order<'a> {
+    saveable: &'a Saveable,
+    /// Drives that copies get.
+    drives: &'a [String],
+    /// Where files without a name are made, if nothing else says it.
+    scratch: &'a Path,
+}
+
+/// Drives first: the saved configuration says what has become of them. Then the state: nothing of it may still change
+/// memory.
 fn take(
     paused: &mut Paused,
-    saveable: &Saveable,
-    config: SavedConfig,
-) -> Result<(MachineState, Frozen), CloneError> {
-    let state = paused.save(saveable, config)?;
+    configuration: &mut Configuration,
+    order: &Order,
+) -> Result<(MachineState, Frozen, Vec<SharedDrive>), CloneError> {
+    let devices = &mut configuration.devices;
+    let drives = order.drives.iter();
+    let drives: Result<_, _> = drives
+        .map(|id| devices.share_drive(id, order.scratch))
+        .collect();
+    let drives = drives?;
+    let state = paused.save(order.saveable, SavedConfig::from(&*configuration))?;
     let memory = paused.ram_mut().freeze()?;
-    Ok((state, memory))
+    Ok((state, memory, drives))
 }

@@ -50,6 +50,17 @@ pub struct Options {
     pub sockets: Vec<PathBuf>,
 }
 
+impl Options {
+    /// Where files without a name are made that have no other place: where requests may make files, and the current
+    /// folder if they may everywhere.
+    pub(super) fn scratch(&self) -> PathBuf {
+        match self.allow_path.first() {
+            Some(path) if path != Path::new("/") => path.clone(),
+            _ => ".".into(),
+        }
+    }
+}
+
 /// Whether the process goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
@@ -336,18 +347,7 @@ impl Controller {
     pub(super) fn reach(&self) -> Reach {
         let mut reach = Reach::new(&self.options.allow_path);
         let devices = &self.configuration.devices;
-        for drive in devices.drives() {
-            if let Some(path) = &drive.path_on_host {
-                let is_read_only = drive.is_read_only.unwrap_or(false) || drive.overlay.is_some();
-                reach.image(Path::new(path), is_read_only);
-            }
-            if let Some(overlay) = &drive.overlay {
-                reach.image(
-                    Path::new(&overlay.path),
-                    drive.is_read_only.unwrap_or(false),
-                );
-            }
-        }
+        devices.reach(&mut reach);
         let vsock = devices.vsock().map(|vsock| Path::new(&vsock.uds_path));
         let own = self.options.sockets.iter().map(PathBuf::as_path);
         vsock

@@ -41,6 +41,12 @@ impl Controller {
             SnapshotType::Full => Extent::Full,
             SnapshotType::Diff => Extent::Diff,
         };
+        if let Some(drive) = self.configuration.devices.fleeting_drive() {
+            return Err(refused(format!(
+                "Create snapshot error: drive {drive}: what was written to it has no name and goes with this process: name \
+                 a file by overlays when the machine is cloned"
+            )));
+        }
         let config = SavedConfig::from(&self.configuration);
         let started = std::time::Instant::now();
         snapshot::create(

@@ -73,7 +73,7 @@ impl Saved {
     pub fn configure(&mut self, overrides: &Overrides) -> Result<Configuration, LoadError> {
         let config: &mut SavedConfig = &mut self.state.config;
         config.apply(overrides)?;
-        let configuration = config.build(overrides)?;
+        let configuration = config.build(overrides, Vec::new())?;
         let (saved, configured) = (self.manifest.bytes(), configuration.shape().memory.bytes());
         match saved == configured {
             true => Ok(configuration),

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use lepton_hostio::file::Disk;
@@ -58,6 +58,24 @@ pub struct BlockConfig {
     pub rate_limiter: RateLimiterConfig,
 }
 
+/// The file in which an overlay goes on after a freeze. It is empty.
+pub struct Successor {
+    /// The file.
+    pub file: File,
+    /// Where it is.
+    pub path: PathBuf,
+    /// If it has no name any more: the same file, opened for reading only.
+    pub reader: Option<File>,
+}
+
+/// An overlay that was frozen.
+pub struct Frozen {
+    /// All that was written.
+    pub chain: overlay::Chain,
+    /// If the own file has become a layer of it: the path of the next one, if that has a name.
+    pub next: Option<Option<PathBuf>>,
+}
+
 /// Why a drive could not be made or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
@@ -76,6 +94,9 @@ pub enum BlockError {
     /// The drive is a raw image.
     #[error("the drive has no overlay")]
     NoOverlay,
+    /// The host has no file to go on in.
+    #[error("what it writes from now on cannot have a file: {0}")]
+    Successor(#[source] io::Error),
     /// The overlay cannot be frozen.
     #[error(transparent)]
     Overlay(#[from] OverlayError),
@@ -119,7 +140,9 @@ impl Block {
         if !queue_size.is_power_of_two() || queue_size > 1024 {
             return Err(BlockError::QueueSize(queue_size));
         }
-        if let (Image::Overlay(overlay), CacheType::Unsafe) = (&mut image, cache) {
+        if let (Image::Overlay(overlay), CacheType::Unsafe) = (&mut image, cache)
+            && !overlay.is_unnamed()
+        {
             overlay.write_through();
         }
         let engine = match engine {
@@ -205,20 +228,47 @@ impl Block {
         }
     }
 
-    /// Freezes what was written to an overlay, and goes on in `next` ([`Overlay::freeze`]). The chain that is returned
-    /// is what clones go on from: all that the guest has written until now is in it.
-    pub fn freeze(&mut self, next: File, path: &Path) -> Result<overlay::Chain, BlockError> {
+    /// Freezes what was written to an overlay, if there is something, and goes on in `next` ([`Overlay::freeze`]). What is
+    /// returned is what clones go on from: all that the guest has written until now is in it. `next` is asked for only
+    /// if a layer is made.
+    pub fn freeze(
+        &mut self,
+        next: impl FnOnce() -> io::Result<Successor>,
+    ) -> Result<Frozen, BlockError> {
         self.finish()?;
         let Image::Overlay(overlay) = &mut self.backend.image else {
             return Err(BlockError::NoOverlay);
         };
-        let chain = overlay.freeze(next, path)?;
-        if let Engine::Async(engine) = &mut self.engine {
-            engine
-                .set_image(&self.backend.image)
-                .map_err(|e| BlockError::Change(e.to_string()))?;
+        if overlay.own_clusters() == 0 {
+            let chain = overlay.below();
+            return Ok(Frozen { chain, next: None });
         }
-        Ok(chain)
+        let Successor { file, path, reader } = next().map_err(BlockError::Successor)?;
+        let chain = overlay.freeze(file, &path)?;
+        let next = match reader {
+            None => Some(path),
+            Some(reader) => {
+                overlay.set_unnamed(reader);
+                None
+            }
+        };
+        if let Engine::Async(engine) = &mut self.engine
+            && let Err(error) = engine.set_image(&self.backend.image)
+        {
+            if let Image::Overlay(overlay) = &mut self.backend.image {
+                overlay.break_off();
+            }
+            return Err(BlockError::Change(error.to_string()));
+        }
+        Ok(Frozen {
+            chain,
+            next: Some(next),
+        })
+    }
+
+    /// What is behind the drive.
+    pub fn image(&self) -> &Image {
+        &self.backend.image
     }
 
     /// Lets all I/O come to its end.

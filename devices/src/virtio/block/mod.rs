@@ -11,7 +11,7 @@ mod state;
 mod turn;
 
 pub use backend::Image;
-pub use device::{Block, BlockConfig, BlockError, CacheType};
+pub use device::{Block, BlockConfig, BlockError, CacheType, Frozen, Successor};
 pub use engine::EngineKind;
 pub use metrics::BlockMetrics;
 pub use state::BlockState;

@@ -27,6 +27,9 @@ impl AsyncEngine {
             return;
         }
         let heads = std::mem::take(&mut self.next_flush);
+        if overlay.is_unnamed() {
+            return self.end_flush(&heads, Ok(()));
+        }
         match overlay.begin_flush() {
             Ok(bits) => {
                 self.flushing = Some(Flushing {

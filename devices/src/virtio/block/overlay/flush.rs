@@ -17,13 +17,18 @@ use super::lock;
 use super::store::Store;
 
 impl Overlay {
-    /// Whether something that was written would be lost with this process.
+    /// Whether something that was written would be lost with this process, and need not be.
     pub fn is_behind(&self) -> bool {
-        self.bitmap.is_dirty() || self.pending.is_some()
+        !self.is_unnamed() && (self.bitmap.is_dirty() || !self.pending.is_empty())
     }
 
     /// Puts on stable storage what was written before.
+    ///
+    /// An own file without a name is gone with this process, whatever was flushed.
     pub fn flush(&mut self) -> io::Result<()> {
+        if self.is_unnamed() {
+            return Ok(());
+        }
         let bits = self.begin_flush()?;
         let result = self.own.sync().and_then(|()| self.write_bits(&bits));
         match result {
@@ -43,7 +48,7 @@ impl Overlay {
             return Ok(Sectors::new());
         }
         self.check_usable()?;
-        self.finish_layer()?;
+        self.finish_layers()?;
         self.chain.sync()?;
         self.write_map()?;
         Ok(self.bitmap.take_dirty())
@@ -99,16 +104,17 @@ impl Overlay {
             .each_page(|offset, page| own.write_all(page, at + offset))
     }
 
-    /// Puts on stable storage the own file of before the last freeze, and then into its bitmap what that lacks.
-    fn finish_layer(&mut self) -> io::Result<()> {
-        let Some((layer, bits)) = &self.pending else {
-            return Ok(());
-        };
-        layer.sync()?;
-        write_sectors(layer, self.header.geometry, bits)?;
-        layer.sync()?;
-        self.chain.top_is_synced();
-        self.pending = None;
+    /// Puts on stable storage the own files of before the freezes, and then into their bitmaps what those lack.
+    fn finish_layers(&mut self) -> io::Result<()> {
+        while let Some((layer, bits)) = self.pending.first() {
+            layer.sync()?;
+            write_sectors(layer, self.header.geometry, bits)?;
+            layer.sync()?;
+            self.pending.remove(0);
+            if self.pending.is_empty() {
+                self.chain.top_is_synced();
+            }
+        }
         Ok(())
     }
 
@@ -162,6 +168,11 @@ impl Overlay {
         }
     }
 
+    /// Nothing can be written any more, because who has the file open does so by an old descriptor.
+    pub(in crate::virtio::block) fn break_off(&mut self) {
+        self.header.state = State::Layer;
+    }
+
     /// Whether it was emptied to the end, if that was begun.
     pub(super) fn check_usable(&self) -> io::Result<()> {
         match self.header.state {
@@ -170,6 +181,13 @@ impl Overlay {
                 Err(io::Error::other("the overlay was not emptied to the end"))
             }
         }
+    }
+
+    /// What lies below, with what is known of where clusters are.
+    pub fn below(&self) -> Chain {
+        let mut chain = self.chain.clone();
+        chain.set_map(self.map.clone());
+        chain
     }
 
     /// Freezes what was written so far: the own file becomes a layer, which is never written again, and this overlay
@@ -184,9 +202,7 @@ impl Overlay {
         let own = self.disk().path().to_owned();
         let failed = |source| OverlayError::io(&own, source);
         if self.bitmap.count() == 0 {
-            let mut chain = self.chain.clone();
-            chain.set_map(self.map.clone());
-            return Ok(chain);
+            return Ok(self.below());
         }
         if self.chain.layers() >= MAX_LAYERS {
             return Err(OverlayError::TooManyLayers(self.chain.layers() + 1));
@@ -206,7 +222,10 @@ impl Overlay {
         self.own.write_all(&header.to_bytes(), 0).map_err(failed)?;
         let bits = self.bitmap.take_dirty();
         let before = mem::replace(self, next);
-        self.pending = Some((before.own, bits));
+        if before.reader.is_none() {
+            self.pending = before.pending;
+            self.pending.push((before.own, bits));
+        }
         Ok(chain)
     }
 }

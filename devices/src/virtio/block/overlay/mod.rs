@@ -61,8 +61,8 @@ pub struct Overlay {
     reader: Option<File>,
     /// A folder whose entry for the own file is not on stable storage.
     folder: Option<File>,
-    /// The own file of before the last freeze, and what is missing in its bitmap.
-    pending: Option<(Store, Bits)>,
+    /// The own files of before freezes since the last flush, and what is missing in their bitmaps.
+    pending: Vec<(Store, Bits)>,
 }
 
 /// A run of bytes of the disk in one file.
@@ -97,10 +97,16 @@ impl Overlay {
         self.bitmap.count()
     }
 
-    /// `reader` is the own file, opened for reading only: needed for [`Overlay::freeze`] where the path given is none
-    /// that leads to it.
-    pub fn set_reader(&mut self, reader: File) {
+    /// The own file has no name: it goes with who has it open. `reader` is the same file, opened for reading only, which
+    /// [`Overlay::freeze`] needs.
+    pub fn set_unnamed(&mut self, reader: File) {
         self.reader = Some(reader);
+        self.folder = None;
+    }
+
+    /// Whether the own file has no name.
+    pub fn is_unnamed(&self) -> bool {
+        self.reader.is_some()
     }
 
     /// From now on, bits are written as soon as they are set.

@@ -74,11 +74,19 @@ impl Overlay {
             folder,
             writes_through: false,
             reader: None,
-            pending: None,
+            pending: Vec::new(),
             own: Store::new(disk),
             holder,
             chain,
         })
+    }
+
+    /// The overlay that is open as `file`, for reading only. `path` is what messages call it.
+    pub fn of_file(chain: Chain, file: File, path: &Path) -> Result<Self, OverlayError> {
+        let failed = |source| OverlayError::io(path, source);
+        let holder = file.try_clone().map_err(failed)?;
+        lock::shared(&holder, path)?;
+        Self::of_disk(chain, disk_of(file, path, true)?, holder)
     }
 
     fn of_disk(chain: Chain, disk: Disk, holder: File) -> Result<Self, OverlayError> {
@@ -112,7 +120,7 @@ impl Overlay {
             folder: None,
             writes_through: false,
             reader: None,
-            pending: None,
+            pending: Vec::new(),
             own: Store::new(disk),
             holder,
             chain,

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 use super::data::{Step, step};
 use super::*;
+use crate::virtio::block::Successor;
 use crate::virtio::block::overlay::{CLUSTER, Chain, Overlay, OverlayError};
 
 /// Twelve clusters and a half.
@@ -98,7 +99,12 @@ impl Rig {
 
     fn freeze(&mut self, layers: usize) {
         let path = beside(&self.path, layers + 1);
-        self.block.freeze(empty(&path), &path).unwrap();
+        let next = Successor {
+            file: empty(&path),
+            path,
+            reader: None,
+        };
+        self.block.freeze(|| Ok(next)).unwrap();
     }
 }
 

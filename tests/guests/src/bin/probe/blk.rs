@@ -19,22 +19,51 @@ struct Load {
     size: u64,
     /// Whether every other request is a flush.
     flush: bool,
+    /// Whether all places are written and then read, round by round.
+    check: bool,
     next: u64,
 }
 
+/// What is to be done next.
+struct Next {
+    operation: Operation,
+    sector: u64,
+    /// How often all was written before: the data is another each time.
+    round: u64,
+}
+
 impl Load {
-    fn next(&mut self) -> (Operation, u64) {
+    fn next(&mut self) -> Next {
         let number = self.next;
         self.next += 1;
+        if self.check {
+            let turn = number / self.places;
+            return Next {
+                operation: match turn % 2 {
+                    0 => Operation::Write,
+                    _ => Operation::Read,
+                },
+                sector: number % self.places * (self.size / SECTOR),
+                round: turn / 2,
+            };
+        }
         if self.flush && number % 2 == 1 {
-            return (Operation::Flush, 0);
+            return Next {
+                operation: Operation::Flush,
+                sector: 0,
+                round: 0,
+            };
         }
         let number = if self.flush { number / 2 } else { number };
         let place = match &mut self.random {
             Some(random) => random.below(self.places),
             None => number % self.places,
         };
-        (self.operation, place * (self.size / SECTOR))
+        Next {
+            operation: self.operation,
+            sector: place * (self.size / SECTOR),
+            round: 0,
+        }
     }
 }
 
@@ -43,6 +72,7 @@ impl Load {
 struct Request {
     operation: Operation,
     sector: u64,
+    seed: u64,
     since: u64,
 }
 
@@ -54,6 +84,9 @@ struct Drive {
     verify: bool,
     seed: u64,
     running: [Option<Request>; MAX_SLOTS],
+    /// Places without a request, the first `idle` of them.
+    free: [u16; MAX_SLOTS],
+    idle: usize,
     started: u64,
     times: Times,
     bytes: u64,
@@ -62,18 +95,24 @@ struct Drive {
 
 impl Drive {
     fn start(&mut self, place: u16, now: u64) {
-        let (operation, sector) = self.load.next();
+        let Next {
+            operation,
+            sector,
+            round,
+        } = self.load.next();
+        let seed = self.seed.wrapping_add(round);
         let len = match operation {
             Operation::Flush => 0,
             _ => self.load.size,
         };
         if self.verify && operation == Operation::Write {
-            write_pattern(self.block.data(place), self.seed, sector);
+            write_pattern(self.block.data(place), seed, sector);
         }
         self.block.offer(place, operation, sector, len);
         self.running[usize::from(place)] = Some(Request {
             operation,
             sector,
+            seed,
             since: now,
         });
         self.started += 1;
@@ -89,8 +128,29 @@ impl Drive {
             self.bytes += self.load.size;
         }
         if self.verify && request.operation == Operation::Read {
-            self.errors += differences(self.block.data(place), self.seed, request.sector);
+            self.errors += differences(self.block.data(place), request.seed, request.sector);
         }
+        if self.load.check && self.errors > 0 {
+            refuse("the drive failed, or gave something else than was written");
+        }
+    }
+
+    /// Gives every free place a request, if there is one to be made now.
+    fn start_all(&mut self, bound: &Bound, now: u64) {
+        while self.idle > 0 && bound.allows(self.started) {
+            // A drive may do in any order what it has: what was written is read once all of it is written.
+            let is_turn = self.load.check && self.load.next.is_multiple_of(self.load.places);
+            if is_turn && self.times.count() < self.started {
+                return;
+            }
+            self.idle -= 1;
+            self.start(self.free[self.idle], now);
+        }
+    }
+
+    fn set_free(&mut self, place: u16) {
+        self.free[self.idle] = place;
+        self.idle += 1;
     }
 
     /// Keeps as many requests under way as there are places; the ticks that it took.
@@ -98,19 +158,17 @@ impl Drive {
         let start = ticks();
         let mut last = start;
         for place in 0..self.block.depth() {
-            if bound.allows(self.started) {
-                self.start(place, start);
-            }
+            self.set_free(place);
         }
+        self.start_all(bound, start);
         self.block.publish();
         while self.times.count() < self.started {
             let now = ticks();
             while let Some((place, status)) = self.block.done() {
                 self.end(place, status, now);
                 last = now;
-                if bound.allows(self.started) {
-                    self.start(place, now);
-                }
+                self.set_free(place);
+                self.start_all(bound, now);
             }
             self.block.publish();
             if now - last > PATIENCE {
@@ -149,6 +207,7 @@ pub fn run(mode: &str) {
         places: block.sectors() * SECTOR / size,
         size,
         flush: mode == "blk_flush",
+        check: mode == "blk_check",
         next: 0,
     };
     if load.places == 0 {
@@ -157,9 +216,11 @@ pub fn run(mode: &str) {
     let mut drive = Drive {
         block,
         load,
-        verify: arguments::number("verify", 0) == 1,
+        verify: mode == "blk_check" || arguments::number("verify", 0) == 1,
         seed,
         running: [None; MAX_SLOTS],
+        free: [0; MAX_SLOTS],
+        idle: 0,
         started: 0,
         times: Times::new(),
         bytes: 0,

@@ -10,6 +10,7 @@
 //! | `port_write`, `port_read`, `mmio_write`, `mmio_read`, `kick` | leaves the guest again and again | `count`, `port` |
 //! | `touch` | writes, then reads memory | `mib`, `stride` |
 //! | `churn` | writes memory, says so, then writes the first `kib` of it for ever | `mib`, `kib` |
+//! | `blk_check` | writes all of a drive, then reads and checks it, again and again with other data; ends at the first difference | `drive`, `qd`, `size`, `seed` |
 //! | `blk_read`, `blk_write`, `blk_flush` | drives a drive | `drive`, `pattern=sequential\|random`, `qd`, `size`, `verify`, `seed` |
 //! | `net_tx` | sends UDP frames, or TCP frames to be cut into segments | `interface`, `size`, `qd`, `ip`, `port`, `peer`, `peer_port`, `peer_mac`, `offload` |
 //! | `net_rx`, `net_echo` | counts UDP frames to `port`, or sends them back | as above; a first 64-bit word of all ones ends it |
@@ -55,7 +56,7 @@ fn run(mode: &str) {
         "port_write" | "port_read" | "mmio_write" | "mmio_read" | "kick" => exits::run(mode),
         "touch" => touch::run(),
         "churn" => touch::churn(),
-        "blk_read" | "blk_write" | "blk_flush" => blk::run(mode),
+        "blk_read" | "blk_write" | "blk_flush" | "blk_check" => blk::run(mode),
         "net_tx" | "net_rx" | "net_echo" => net::run(mode),
         "vsock_tx" | "vsock_rx" | "vsock_echo" => vsock::run(mode),
         _ => report::refuse("there is no such mode"),
