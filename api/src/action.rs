@@ -16,6 +16,8 @@ pub enum Action {
     GetVersion,
     GetMachineConfig,
     GetVmConfig,
+    /// What the machine has of its own, and in common with others.
+    GetDivergence,
     GetMetrics,
     InstanceStart,
     SendCtrlAltDel,

@@ -93,12 +93,13 @@ const fn put_id(pattern: &'static str, action: fn(&str) -> Action) -> Route {
 use Parse::{Body, BodyWithId};
 
 /// Every request that is served.
-pub static ROUTES: [Route; 23] = [
+pub static ROUTES: [Route; 24] = [
     get("/", || Action::GetInstanceInfo),
     get("/version", || Action::GetVersion),
     get("/machine-config", || Action::GetMachineConfig),
     get("/metrics", || Action::GetMetrics),
     get("/vm/config", || Action::GetVmConfig),
+    get("/vm/divergence", || Action::GetDivergence),
     put("/actions", "InstanceActionInfo", Body(instance_action)),
     put(
         "/boot-source",

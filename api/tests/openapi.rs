@@ -490,6 +490,7 @@ fn written(action: &Action) -> Value {
         | Action::GetVersion
         | Action::GetMachineConfig
         | Action::GetVmConfig
+        | Action::GetDivergence
         | Action::GetMetrics => Value::Null,
         Action::InstanceStart => json!({"action_type": "InstanceStart"}),
         Action::SendCtrlAltDel => json!({"action_type": "SendCtrlAltDel"}),

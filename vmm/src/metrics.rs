@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use lepton_api::Action;
-use lepton_api::types::MetricsTarget;
+use lepton_api::types::{Divergence, MetricsTarget, Shares};
 use lepton_devices::counters;
 use lepton_devices::metrics::{Counter, MetricGroup};
 use serde_json::{Map, Value, json};
@@ -197,6 +197,7 @@ impl From<&Action> for Counted {
             Action::GetVersion => Counted::Version,
             Action::GetMachineConfig => Counted::GetMachine,
             Action::GetVmConfig
+            | Action::GetDivergence
             | Action::GetMetrics
             | Action::ResetDrive(_)
             | Action::PatchVm(_)
@@ -362,8 +363,13 @@ impl Metrics {
         all
     }
 
-    /// The sums as OpenMetrics text (OpenMetrics 1.0).
-    pub fn open_metrics(&self, id: &str, groups: Groups) -> String {
+    /// The sums as OpenMetrics text (OpenMetrics 1.0), and what a machine has of its own, if it runs.
+    pub fn open_metrics(
+        &self,
+        id: &str,
+        groups: Groups,
+        divergence: Option<&Divergence>,
+    ) -> String {
         let mut families: BTreeMap<String, Vec<(String, u64)>> = BTreeMap::new();
         for (name, group) in self.all(groups) {
             let (family, device) = match name.split_once('_') {
@@ -389,8 +395,41 @@ impl Metrics {
                 let _ = writeln!(text, "{family}_total{{id=\"{id}\"{device}}} {value}");
             }
         }
+        if let Some(divergence) = divergence {
+            gauges(&mut text, id, divergence);
+        }
         text.push_str("# EOF\n");
         text
+    }
+}
+
+/// What of memory and drives is the machine's alone, and what it has in common with others.
+fn gauges(text: &mut String, id: &str, divergence: &Divergence) {
+    let Divergence { memory, drives } = divergence;
+    type Part = fn(&Shares) -> u64;
+    let parts: [(&str, Part); 2] = [
+        ("private", |shares| shares.private_bytes),
+        ("shared", |shares| shares.shared_bytes),
+    ];
+    for (name, part) in parts {
+        if let Some(shares) = memory {
+            let family = format!("lepton_memory_{name}_bytes");
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "# TYPE {family} gauge\n# UNIT {family} bytes");
+            let _ = writeln!(text, "{family}{{id=\"{id}\"}} {}", part(shares));
+        }
+        if !drives.is_empty() {
+            let family = format!("lepton_block_{name}_bytes");
+            let _ = writeln!(text, "# TYPE {family} gauge\n# UNIT {family} bytes");
+        }
+        for drive in drives {
+            let device = &drive.drive_id;
+            let value = part(&drive.shares);
+            let _ = writeln!(
+                text,
+                "lepton_block_{name}_bytes{{id=\"{id}\",device=\"{device}\"}} {value}"
+            );
+        }
     }
 }
 
@@ -410,6 +449,8 @@ pub const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; cha
 
 #[cfg(test)]
 mod tests {
+    use lepton_api::types::DriveDivergence;
+
     use super::*;
 
     counters! {
@@ -448,7 +489,21 @@ mod tests {
         let metrics = Metrics::default();
         let (a, _, groups) = two_drives();
         a.read_count.add(3);
-        let text = metrics.open_metrics("vm", groups);
+        let shares = Shares {
+            private_bytes: 4096,
+            shared_bytes: 8192,
+        };
+        let divergence = Divergence {
+            memory: Some(shares),
+            drives: vec![DriveDivergence {
+                drive_id: "a".into(),
+                shares,
+            }],
+        };
+        let text = metrics.open_metrics("vm", groups, Some(&divergence));
+        assert!(text.contains("# TYPE lepton_memory_private_bytes gauge\n"));
+        assert!(text.contains("lepton_memory_shared_bytes{id=\"vm\"} 8192\n"));
+        assert!(text.contains("lepton_block_private_bytes{id=\"vm\",device=\"a\"} 4096\n"));
         let family = "lepton_block_read_count";
         assert_eq!(text.matches(&format!("# TYPE {family} counter")).count(), 1);
         assert!(text.contains(&format!("{family}_total{{id=\"vm\",device=\"a\"}} 3\n")));

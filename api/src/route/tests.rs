@@ -18,6 +18,7 @@ fn paths_without_a_body() {
         ("/machine-config", Action::GetMachineConfig),
         ("/metrics", Action::GetMetrics),
         ("/vm/config", Action::GetVmConfig),
+        ("/vm/divergence", Action::GetDivergence),
     ] {
         assert_eq!(route("GET", target, b""), Ok(action), "{target}");
         assert_eq!(

@@ -70,3 +70,32 @@ pub struct ClonedChild {
     /// Microseconds from the end of the pause until it said that it has the machine.
     pub ready_us: u64,
 }
+
+/// Reply to `GET /vm/divergence`. An addition.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Divergence {
+    /// Of memory. Absent where the host does not tell, for want of /proc.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Shares>,
+    /// Of each drive.
+    pub drives: Vec<DriveDivergence>,
+}
+
+/// What a machine has of a drive.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DriveDivergence {
+    /// The drive.
+    pub drive_id: String,
+    /// Its parts, in clusters of 4096 bytes.
+    #[serde(flatten)]
+    pub shares: Shares,
+}
+
+/// What is one machine's alone, and what it has in common with others or could have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shares {
+    /// Bytes that only this machine has.
+    pub private_bytes: u64,
+    /// Bytes of what it was made from, or cloned to, and has not changed.
+    pub shared_bytes: u64,
+}

@@ -12,7 +12,10 @@ mod machine;
 mod snapshot;
 mod telemetry;
 
-pub use clone::{CloneChild, CloneMachine, CloneOverlay, Cloned, ClonedChild};
+pub use clone::{
+    CloneChild, CloneMachine, CloneOverlay, Cloned, ClonedChild, Divergence, DriveDivergence,
+    Shares,
+};
 pub use cpu::{
     Bitmap32, Bitmap64, CpuConfig, CpuidLeafModifier, CpuidRegister, CpuidRegisterModifier,
     KvmCapability, MsrModifier,

@@ -388,3 +388,72 @@ pub fn clones_that_fail_leave_no_files() {
     check_all(&mut taken.api);
     check_all(&mut writer.api);
 }
+
+/// What GET /vm/divergence says of memory and of the drive: what is private, and what is shared.
+fn shares(api: &mut Api) -> [(u64, u64); 2] {
+    let told = api.get("/vm/divergence");
+    let of = |shares: &Value| {
+        let bytes = |name: &str| shares[name].as_u64().expect("a number");
+        (bytes("private_bytes"), bytes("shared_bytes"))
+    };
+    [of(&told["memory"]), of(&told["drives"][0])]
+}
+
+pub fn what_is_whose_is_told() {
+    let mut writer = Writer::new("Sync", "Unsafe");
+    writer.api.reach("Paused");
+    let [memory, drive] = shares(&mut writer.api);
+    assert!(memory.0 > 0 && memory.1 == 0, "{memory:?}");
+    assert_eq!(drive.0 + drive.1, SIZE as u64);
+    assert!(drive.0 > 0, "{drive:?}");
+    let mut heir = Heir::called("copy");
+    let mut request = request(&[heir.child()]);
+    request["resume_children"] = false.into();
+    clone(&mut writer.api, &request);
+    // All is in common; in the copy, but for what its devices have written to its memory.
+    let before = memory;
+    let [memory, drive] = shares(&mut writer.api);
+    assert_eq!((memory, drive), ((0, before.0), (0, SIZE as u64)));
+    let [memory, drive] = shares(&mut heir.api);
+    assert!(memory.0 <= 64 << 10 && memory.0 + memory.1 >= before.0);
+    assert_eq!(drive, (0, SIZE as u64));
+    heir.api.reach("Resumed");
+    write_some(&mut heir.api);
+    heir.api.reach("Paused");
+    let [memory, drive] = shares(&mut heir.api);
+    assert!(memory.0 > 0 && memory.1 < before.0, "{memory:?} {before:?}");
+    assert!(memory.0 + memory.1 >= before.0, "{memory:?} {before:?}");
+    assert!(drive.0 > 0 && drive.0 + drive.1 == SIZE as u64, "{drive:?}");
+    // The machine has none of it, and may run when it is asked.
+    let [memory, drive] = shares(&mut writer.api);
+    assert_eq!((memory.0, drive.0), (0, 0));
+    writer.api.reach("Resumed");
+    write_some(&mut writer.api);
+    let [memory, drive] = shares(&mut writer.api);
+    assert!(memory.0 > 0 && drive.0 > 0);
+    let (status, metrics) = heir.api.request("GET", "/metrics", "");
+    assert_eq!(status, 200);
+    let told = shares(&mut heir.api);
+    for (name, value) in [
+        ("lepton_memory_private_bytes{id=\"copy\"}", told[0].0),
+        ("lepton_memory_shared_bytes{id=\"copy\"}", told[0].1),
+        (
+            "lepton_block_private_bytes{id=\"copy\",device=\"d\"}",
+            told[1].0,
+        ),
+        (
+            "lepton_block_shared_bytes{id=\"copy\",device=\"d\"}",
+            told[1].1,
+        ),
+    ] {
+        assert!(
+            metrics.contains(&format!("\n{name} {value}\n")),
+            "{metrics}"
+        );
+    }
+    // Before there is a machine, nothing can be said.
+    let message = Heir::called("empty")
+        .api
+        .refused("GET", "/vm/divergence", "");
+    assert!(message.contains("before starting"), "{message}");
+}

@@ -37,6 +37,7 @@ fn main() -> ExitCode {
             test!(drives_of_copies_of_copies).needs(PROBE),
             test!(drives_of_many_layers_are_cloned).needs(PROBE),
             test!(clones_that_fail_leave_no_files).needs(PROBE),
+            test!(what_is_whose_is_told).needs(PROBE),
             test!(all_children_or_none),
             test!(what_cannot_be_cloned_is_named),
             test!(bytes_of_anybody_are_refused),

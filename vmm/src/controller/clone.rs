@@ -1,10 +1,11 @@
 //! The request that clones a machine, and the offer of one.
 
+use std::io;
 use std::path::Path;
 use std::sync::mpsc::SyncSender;
 use std::time::Instant;
 
-use lepton_api::types::CloneMachine;
+use lepton_api::types::{CloneMachine, Divergence, Shares};
 use lepton_api::{Action, Fault, Reply};
 
 use super::dispatch::{Controller, Next, console_of, refused};
@@ -200,6 +201,21 @@ impl Controller {
             resume: adopted.resume,
             alone: adopted.alone,
             new_files: adopted.new_files,
+        })
+    }
+
+    /// GET /vm/divergence: what this machine has of its own, and what in common with others.
+    pub(super) fn divergence(&self) -> io::Result<Divergence> {
+        let memory = match self.phase.ram() {
+            Some(ram) => ram.shares()?,
+            None => None,
+        };
+        Ok(Divergence {
+            memory: memory.map(|shares| Shares {
+                private_bytes: shares.private,
+                shared_bytes: shares.shared,
+            }),
+            drives: self.configuration.devices.divergence(),
         })
     }
 

@@ -226,10 +226,16 @@ impl Controller {
             Action::GetVmConfig => Reply::json(&configuration.full()),
             Action::GetMetrics => Ok(Reply::Text {
                 content_type: OPEN_METRICS,
-                body: self
-                    .metrics
-                    .open_metrics(&self.options.id, self.metric_groups()),
+                body: self.metrics.open_metrics(
+                    &self.options.id,
+                    self.metric_groups(),
+                    self.divergence().ok().as_ref(),
+                ),
             }),
+            Action::GetDivergence => self
+                .divergence()
+                .map_err(refused)
+                .and_then(|divergence| Reply::json(&divergence)),
             Action::InstanceStart => self.start(events).map(done).map_err(refused),
             Action::SendCtrlAltDel => self.ctrl_alt_del().map(done),
             Action::FlushMetrics => self.flush_on_request().map(done),

@@ -2,6 +2,7 @@
 
 use super::policy::Stage;
 use crate::machine::{Machine, Paused, Running};
+use crate::memory::Ram;
 
 /// Where the machine is in its life.
 pub enum Phase {
@@ -20,6 +21,15 @@ impl Phase {
             Phase::Configuring => Stage::Configuring,
             Phase::Running(_) => Stage::Running,
             Phase::Paused(_) => Stage::Paused,
+        }
+    }
+
+    /// Its memory, once there is a machine.
+    pub fn ram(&self) -> Option<&Ram> {
+        match self {
+            Phase::Configuring => None,
+            Phase::Running(running) => Some(running.ram()),
+            Phase::Paused(paused) => Some(paused.ram()),
         }
     }
 

@@ -65,6 +65,7 @@ pub fn allow(stage: Stage, action: &Action) -> Result<(), Denied> {
         | PatchDrive(_)
         | PatchNetworkInterface(_)
         | PatchVm(_)
+        | GetDivergence
         | Clone(_) => {
             if started {
                 Ok(())

@@ -82,6 +82,11 @@ impl Running {
         &self.0
     }
 
+    /// Its memory.
+    pub fn ram(&self) -> &Ram {
+        &self.0.ram
+    }
+
     /// Stops the vCPUs, then the devices, and waits for I/O in flight.
     pub fn pause(self) -> (Paused, Result<(), DeviceError>) {
         let machine = self.0;

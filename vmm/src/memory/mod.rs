@@ -12,6 +12,8 @@ pub mod small_pages;
 pub mod userfault;
 
 use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use lepton_api::types::HugePages;
@@ -23,6 +25,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion,
 
 use self::base::Base;
 use self::pager::{Paging, Source};
+use self::private::Shares;
 use self::userfault::Userfault;
 use crate::arch::x86_64::layout;
 
@@ -164,6 +167,25 @@ impl Ram {
     /// Bytes of memory.
     pub fn memory_bytes(&self) -> u64 {
         self.memory.iter().map(|region| region.len()).sum()
+    }
+
+    /// How much of memory is this process's alone, and how much it has in common with others. None where the host does not
+    /// tell, for want of /proc. The machine may run.
+    pub fn shares(&self) -> io::Result<Option<Shares>> {
+        let zeroes = Base::zero(self.memory_bytes());
+        let base = match &self.origin {
+            Origin::Shared(file) => {
+                // All that is there, in units of 512 bytes.
+                let private = file.metadata()?.blocks().saturating_mul(512);
+                return Ok(Some(Shares { private, shared: 0 }));
+            }
+            Origin::Base(base) => base,
+            Origin::Zeroes | Origin::File(_) | Origin::Elsewhere(_) => &zeroes,
+        };
+        match &self.pagemap {
+            Some(pagemap) => private::shares(&self.memory, base, pagemap).map(Some),
+            None => Ok(None),
+        }
     }
 
     /// What every mapping of memory gets: also one that has taken the place of another.

@@ -60,14 +60,55 @@ pub fn runs(memory: &Memory, base: &Base, pagemap: Option<&File>) -> io::Result<
         return compare(&places, base);
     };
     let mut runs = Runs::new();
+    each(&places, file, &mut |at, bytes| add(&mut runs, at, bytes))?;
+    Ok(runs)
+}
+
+/// How much of memory is this process's alone, and how much it has in common with others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shares {
+    /// Bytes in pages that only this process has.
+    pub private: u64,
+    /// Bytes of `base` that this process sees, touched or not.
+    pub shared: u64,
+}
+
+/// The shares of `memory`, which was mapped from `base`. Guests may run: then a page that is written meanwhile counts as
+/// before or as after. It takes a time that grows with the pages that are there, and no memory.
+pub fn shares(memory: &Memory, base: &Base, pagemap: &File) -> io::Result<Shares> {
+    let all: u64 = base.extents().iter().map(|extent| extent.bytes).sum();
+    let (mut private, mut hidden) = (0u64, 0u64);
+    // Runs come in ascending order, as extents are.
+    let mut extents = base.extents().iter().peekable();
+    each(&Places::new(memory), pagemap, &mut |at, bytes| {
+        private = private.saturating_add(bytes);
+        let end = at.saturating_add(bytes);
+        while let Some(extent) = extents.peek() {
+            let extent_end = extent.at.saturating_add(extent.bytes);
+            let overlap = extent_end.min(end).saturating_sub(extent.at.max(at));
+            hidden = hidden.saturating_add(overlap);
+            if extent_end > end {
+                break;
+            }
+            extents.next();
+        }
+    })?;
+    Ok(Shares {
+        private,
+        shared: all.saturating_sub(hidden),
+    })
+}
+
+/// Tells each run of pages that are this process's alone, in ascending order.
+fn each(places: &Places, file: &File, tell: &mut impl FnMut(u64, u64)) -> io::Result<()> {
     for part in places.all() {
-        match scan(file, *part, &mut runs) {
+        match scan(file, *part, tell) {
             Ok(()) => {}
-            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => ask(file, *part, &mut runs),
+            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => ask(file, *part, tell),
             Err(error) => return Err(error),
         }
     }
-    Ok(runs)
+    Ok(())
 }
 
 fn add(runs: &mut Runs, at: u64, bytes: u64) {
@@ -77,7 +118,7 @@ fn add(runs: &mut Runs, at: u64, bytes: u64) {
     }
 }
 
-fn scan(file: &File, part: Part, runs: &mut Runs) -> io::Result<()> {
+fn scan(file: &File, part: Part, tell: &mut impl FnMut(u64, u64)) -> io::Result<()> {
     let mut found = [Found::default(); BATCH];
     let host = part.host as u64;
     let end = host + part.bytes;
@@ -99,7 +140,7 @@ fn scan(file: &File, part: Part, runs: &mut Runs) -> io::Result<()> {
         let count = unsafe { ioctl_with_mut_ref(file, PAGEMAP_SCAN(), &mut scan) };
         let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
         for run in found.iter().take(count) {
-            add(runs, part.at + (run.start - host), run.end - run.start);
+            tell(part.at + (run.start - host), run.end - run.start);
         }
         if scan.walk_end <= scan.start {
             return Err(io::Error::other("PAGEMAP_SCAN does not go on"));
@@ -108,11 +149,11 @@ fn scan(file: &File, part: Part, runs: &mut Runs) -> io::Result<()> {
     Ok(())
 }
 
-fn ask(file: &File, part: Part, runs: &mut Runs) {
+fn ask(file: &File, part: Part, tell: &mut impl FnMut(u64, u64)) {
     let mut map = Pagemap::new(Some(file));
     for offset in (0..part.bytes).step_by(PAGE as usize) {
         if map.is_private(part.host + offset as usize) {
-            add(runs, part.at + offset, PAGE);
+            tell(part.at + offset, PAGE);
         }
     }
 }
@@ -165,10 +206,10 @@ mod tests {
         );
         let places = Places::new(&memory);
         let mut asked = Runs::new();
-        places
-            .all()
-            .iter()
-            .for_each(|part| ask(present::open().as_ref().unwrap(), *part, &mut asked));
+        places.all().iter().for_each(|part| {
+            let pagemap = present::open().unwrap();
+            ask(&pagemap, *part, &mut |at, bytes| add(&mut asked, at, bytes));
+        });
         assert_eq!(compare(&places, &base).unwrap(), wanted);
         let pages = |runs: &Runs| -> Vec<u64> {
             let pages = runs
@@ -183,5 +224,29 @@ mod tests {
                 .all(|page| pages(&asked).contains(page))
         );
         assert!(!pages(&asked).contains(&0x200_0000));
+    }
+
+    #[test]
+    fn shares_are_what_was_written_and_what_is_left_of_the_base() {
+        let size = MemorySize::new(64, HugePages::None).unwrap();
+        let memory = allocate(size, HugePages::None).unwrap();
+        let pagemap = present::open().unwrap();
+        let of = |base: &Base| {
+            let Shares { private, shared } = shares(&memory, base, &pagemap).unwrap();
+            (private / PAGE, shared / PAGE)
+        };
+        let zero = Base::zero(size.bytes());
+        assert_eq!(of(&zero), (0, 0));
+        let file = crate::memory::base::new_file(size.bytes()).unwrap();
+        let base = zero.with(file, &[(0x10000, 4 * PAGE), (0x100_0000, 2 * PAGE)]);
+        base.map(&memory, None).unwrap();
+        assert_eq!(of(&base), (0, 6));
+        // Two pages of the base, one beside it.
+        for at in [0x11000, 0x13000, 0x14000, 0x20_0000] {
+            memory.write_obj(7u64, GuestAddress(at)).unwrap();
+        }
+        assert_eq!(of(&base), (4, 4));
+        memory.write_obj(7u64, GuestAddress(0x100_1000)).unwrap();
+        assert_eq!(of(&base), (5, 3));
     }
 }

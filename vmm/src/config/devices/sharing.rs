@@ -6,8 +6,9 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use lepton_api::types as wire;
-use lepton_devices::virtio::block::overlay::Chain;
+use lepton_devices::virtio::block::overlay::{CLUSTER, Chain};
 use lepton_devices::virtio::block::{Frozen, Image, Successor};
+use lepton_hostio::file::SECTOR_SIZE;
 
 use super::{DeviceConfigError, Devices, lock};
 
@@ -109,6 +110,29 @@ impl Devices {
         image: Image,
     ) -> Result<(), DeviceConfigError> {
         self.add_drive(wire, Some(image))
+    }
+
+    /// What of each drive is this machine's alone.
+    pub fn divergence(&self) -> Vec<wire::DriveDivergence> {
+        let of = |drive: &super::DriveSlot| {
+            let device = lock(&drive.device);
+            let image = device.image();
+            let all = image.sectors().saturating_mul(SECTOR_SIZE);
+            let private = match image {
+                Image::Raw(disk) if disk.read_only() => 0,
+                Image::Raw(_) => all,
+                // The last cluster may be shorter than the others.
+                Image::Overlay(overlay) => overlay.own_clusters().saturating_mul(CLUSTER).min(all),
+            };
+            wire::DriveDivergence {
+                drive_id: drive.wire.drive_id.clone(),
+                shares: wire::Shares {
+                    private_bytes: private,
+                    shared_bytes: all - private,
+                },
+            }
+        };
+        self.drives.iter().map(of).collect()
     }
 
     /// A drive with an overlay that goes with this process: nothing of what is written to it can be kept.
