@@ -1,3 +1,5 @@
+use std::collections::VecDeque;
+
 use proptest::prelude::*;
 use virtio_queue::QueueOwnedT;
 use vm_memory::{Address, Bytes};
@@ -202,6 +204,175 @@ proptest! {
         let expected = as_the_crate_sees_it(&mut driver.queues[0].device_side(), &driver.memory);
         let found = queue.pop().ok().flatten();
         prop_assert_eq!(found.map(|chain| (chain.readable, chain.writable)), expected);
+    }
+}
+
+/// What may happen to a queue of 8.
+#[derive(Debug, Clone)]
+enum Step {
+    Publish(u16),
+    Pop,
+    /// The n-th of those in flight is done.
+    Complete(usize),
+    /// The last one popped is put back, if it is still in flight.
+    Undo,
+    Redescribe(u16, RawDescriptor),
+}
+
+fn steps() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        5 => (0u16..9).prop_map(Step::Publish),
+        6 => Just(Step::Pop),
+        4 => (0usize..8).prop_map(Step::Complete),
+        1 => Just(Step::Undo),
+        3 => (0u16..8, descriptor(0x60_0000)).prop_map(|(at, descriptor)| Step::Redescribe(at, descriptor)),
+    ]
+}
+
+/// One byte of a buffer, and whether the device may write it.
+type Byte = (u64, bool);
+
+/// The obvious walk: byte for byte, with a list for memory. `None`: the chain is not good.
+fn obvious_walk(
+    direct: &[RawDescriptor],
+    indirect: &[RawDescriptor],
+    head: u16,
+) -> Option<Vec<Byte>> {
+    let is_memory = |at: u64| at < 16 << 20 || (24 << 20..40 << 20).contains(&at);
+    let (mut table, mut next, mut is_nested) = (direct, head, false);
+    let mut bytes: Vec<Byte> = Vec::new();
+    // No chain of a good driver has more.
+    for _ in 0..100 {
+        let descriptor = *table.get(usize::from(next))?;
+        if descriptor.flags & 4 != 0 {
+            let entries = descriptor.len / 16;
+            let is_whole = descriptor.len % 16 == 0 && entries < 1 << 16;
+            if is_nested || !is_whole {
+                return None;
+            }
+            // Elsewhere there is nothing: zeroes, which are an empty readable buffer without a next one.
+            let is_ours = descriptor.addr == 0x60_0000;
+            let all_there = (0..u64::from(descriptor.len))
+                .step_by(8)
+                .all(|at| descriptor.addr.checked_add(at + 7).is_some_and(is_memory));
+            if entries == 0 || !all_there {
+                return None;
+            }
+            table = match is_ours {
+                true => &indirect[..indirect.len().min(entries as usize)],
+                false => &[RawDescriptor {
+                    addr: 0,
+                    len: 0,
+                    flags: 0,
+                    next: 0,
+                }],
+            };
+            (next, is_nested) = (0, true);
+            continue;
+        }
+        let is_writable = descriptor.flags & 2 != 0;
+        let any_writable = bytes.iter().any(|(_, is_writable)| *is_writable);
+        // Lengths are small, or so large that they are in no memory.
+        if descriptor.len > 1 << 20 {
+            return None;
+        }
+        for at in 0..u64::from(descriptor.len) {
+            let place = descriptor
+                .addr
+                .checked_add(at)
+                .filter(|at| is_memory(*at))?;
+            bytes.push((place, is_writable));
+        }
+        if !is_writable && any_writable {
+            return None;
+        }
+        if descriptor.flags & 1 == 0 {
+            return Some(bytes);
+        }
+        next = descriptor.next;
+    }
+    None
+}
+
+fn bytes_of(chain: &Chain) -> Vec<Byte> {
+    let of = |segments: &Segments, is_writable: bool| {
+        let each = segments
+            .iter()
+            .flat_map(|segment| segment.addr.0..segment.addr.0 + u64::from(segment.len));
+        each.map(|at| (at, is_writable)).collect::<Vec<_>>()
+    };
+    [of(&chain.readable, false), of(&chain.writable, true)].concat()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    /// A queue is a list of heads and a set of those in flight, whatever the driver does to it.
+    #[test]
+    fn a_queue_is_a_list_and_a_set(
+        direct in prop::collection::vec(descriptor(0x60_0000), 8),
+        indirect in prop::collection::vec(descriptor(0x60_0000), 4),
+        steps in prop::collection::vec(steps(), 1..60),
+    ) {
+        let (mut driver, mut queue) = pair(false);
+        let mut direct = direct;
+        for (index, descriptor) in direct.iter().enumerate() {
+            driver.queues[0].write_descriptor(index as u16, *descriptor);
+        }
+        for (index, raw) in indirect.iter().enumerate() {
+            let at = GuestAddress(0x60_0000 + 16 * index as u64);
+            let rest = u64::from(raw.len) | u64::from(raw.flags) << 32 | u64::from(raw.next) << 48;
+            driver.memory.write_obj(raw.addr.to_le(), at).unwrap();
+            driver.memory.write_obj(rest.to_le(), at.unchecked_add(8)).unwrap();
+        }
+        let (mut offered, mut in_flight) = (VecDeque::new(), Vec::new());
+        let mut used = Vec::new();
+        let mut last: Option<Chain> = None;
+        for step in steps {
+            match step {
+                // More than the queue has room for is another test's affair.
+                Step::Publish(head) if offered.len() < 8 => {
+                    driver.queues[0].publish(head);
+                    offered.push_back(head);
+                }
+                Step::Pop => {
+                    let found = queue.pop();
+                    let Some(head) = offered.pop_front() else {
+                        prop_assert!(matches!(found, Ok(None)));
+                        continue;
+                    };
+                    let bytes = obvious_walk(&direct, &indirect, head);
+                    let expected = bytes.filter(|_| !in_flight.contains(&head));
+                    let is_good = expected.is_some();
+                    prop_assert_eq!(found.as_ref().ok().and_then(Option::as_ref).map(bytes_of), expected);
+                    // After an error a device does nothing more before it is reset.
+                    if !is_good {
+                        return Ok(());
+                    }
+                    in_flight.push(head);
+                    last = found.ok().flatten();
+                }
+                Step::Complete(which) if !in_flight.is_empty() => {
+                    let head = in_flight.remove(which % in_flight.len());
+                    queue.complete(head, 7).unwrap();
+                    used.push((head, 7));
+                    last = last.filter(|chain| chain.head() != head);
+                }
+                Step::Undo => {
+                    if let Some(chain) = last.take() {
+                        in_flight.retain(|head| *head != chain.head());
+                        offered.push_front(chain.head());
+                        queue.undo_pop(chain);
+                    }
+                }
+                Step::Redescribe(at, descriptor) => {
+                    driver.queues[0].write_descriptor(at, descriptor);
+                    direct[usize::from(at)] = descriptor;
+                }
+                Step::Publish(_) | Step::Complete(_) => {}
+            }
+            prop_assert_eq!(driver.queues[0].used(), std::mem::take(&mut used));
+        }
     }
 }
 

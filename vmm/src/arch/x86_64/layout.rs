@@ -89,7 +89,54 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// Sizes around all that could matter: tables, the hole, what is above it.
+    fn sizes() -> impl Strategy<Value = u64> {
+        let near = |at: u64| (0u64..64).prop_map(move |page| at + page * 4096);
+        prop_oneof![
+            near(HIGH_MEMORY),
+            near(HOLE - 32 * 4096),
+            near(HOLE_END - 32 * 4096),
+            (1u64..1 << 20).prop_map(|mib| mib << 20),
+        ]
+    }
+
+    /// The obvious map: byte `n` of memory is at `n` below the hole, and else as far above it.
+    fn address_of(byte: u64) -> u64 {
+        match byte < HOLE {
+            true => byte,
+            false => HOLE_END + (byte - HOLE),
+        }
+    }
+
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1000))]
+
+        /// What a kernel is told is RAM is RAM, all of it but where tables lie, and each byte is told of once.
+        #[test]
+        fn what_is_usable_is_what_the_obvious_map_has(
+            bytes in sizes(),
+            probes in prop::collection::vec((any::<u64>(), 0usize..8, -2i64..3), 32),
+        ) {
+            let places = [0, EBDA, EBDA_END, HIGH_MEMORY, HOLE, HOLE_END, bytes, address_of(bytes)];
+            let is_ram = |address: u64| match address < HOLE {
+                true => address < bytes,
+                false => address >= HOLE_END && address - HOLE_END + HOLE < bytes,
+            };
+            let (ram, usable) = (ram(bytes), usable_ram(bytes));
+            for (any, place, offset) in probes {
+                for address in [any % (2 * bytes + HOLE_END), places[place].saturating_add_signed(offset)] {
+                    let times = |runs: &[(u64, u64)]| {
+                        let has = |&&(start, len): &&(u64, u64)| start <= address && address - start < len;
+                        runs.iter().filter(has).count()
+                    };
+                    prop_assert_eq!(times(&ram), usize::from(is_ram(address)));
+                    let is_free = !(EBDA..HIGH_MEMORY).contains(&address);
+                    prop_assert_eq!(times(&usable), usize::from(is_ram(address) && is_free), "{:#x}", address);
+                }
+            }
+            prop_assert!(usable.is_sorted() && usable.len() <= 3);
+        }
+
         #[test]
         fn ram_adds_up_and_leaves_the_hole(mib in 1u64..1 << 20) {
             let bytes = mib << 20;

@@ -147,3 +147,98 @@ impl Map {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use vmm_sys_util::tempfile::TempFile;
+
+    use super::super::format::CLUSTER;
+    use super::*;
+
+    /// Three pages of the map and a bit.
+    const CLUSTERS: u64 = 3 * PAGE + 100;
+
+    fn range() -> impl Strategy<Value = (u64, u64)> {
+        let near = prop_oneof![
+            0..CLUSTERS,
+            PAGE - 3..PAGE + 3,
+            2 * PAGE - 3..2 * PAGE + 3,
+            CLUSTERS - 3..CLUSTERS,
+        ];
+        let len = prop_oneof![1..10u64, 1..2 * PAGE];
+        (near, len).prop_map(|(start, len)| (start, (start + len).min(CLUSTERS)))
+    }
+
+    /// What a map says, run by run.
+    fn said(map: &mut Map) -> Vec<u8> {
+        let mut layers = Vec::new();
+        while (layers.len() as u64) < CLUSTERS {
+            let at = layers.len() as u64;
+            let (layer, end) = map.run(at, CLUSTERS).unwrap();
+            assert!(at < end && end <= CLUSTERS);
+            layers.resize(end as usize, layer);
+        }
+        layers
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        /// The model: one number per cluster, over which each layer puts its own.
+        #[test]
+        fn the_topmost_layer_that_has_a_cluster_has_it(
+            layers in prop::collection::vec(prop::collection::vec(range(), 0..5), 0..6),
+            asked in prop::collection::vec(range(), 1..20),
+        ) {
+            let geometry = Geometry::new(CLUSTERS * CLUSTER).unwrap();
+            let mut model = vec![0; CLUSTERS as usize];
+            let mut map = Map::of_base();
+            for (number, ranges) in layers.iter().enumerate() {
+                let mut has = Bitmap::new(CLUSTERS);
+                for &(start, end) in ranges {
+                    has.insert(start..end);
+                    model[start as usize..end as usize].fill(number as u8 + 1);
+                }
+                map = map.with_layer(geometry, &has).unwrap();
+            }
+            // As it is found in a file, too, and with the file's pages shared or not read yet.
+            let file = TempFile::new().unwrap().into_file();
+            file.set_len(geometry.map_pages() * PAGE).unwrap();
+            map.each_page(|at, page| file.write_all_at(&page[..], at)).unwrap();
+            let mut read = Map::in_file(geometry, layers.len() as u8, Arc::new(file), 0);
+            prop_assert_eq!(said(&mut map.clone()), &model[..]);
+            for (start, end) in asked {
+                for map in [&mut map, &mut read] {
+                    let (layer, to) = map.run(start, end).unwrap();
+                    let same = model[start as usize..end as usize].iter().take_while(|&&other| other == layer);
+                    prop_assert!(to > start && to - start == same.count() as u64);
+                }
+            }
+            prop_assert_eq!(said(&mut read), model);
+        }
+
+        /// A file may say anything: no number of a layer that is not there comes out of it.
+        #[test]
+        fn no_layer_is_made_up(bytes in prop::collection::vec(0u8..5, 200), at in 0..4 * PAGE - 200, layers in 0u8..4) {
+            let geometry = Geometry::new(CLUSTERS * CLUSTER).unwrap();
+            let file = TempFile::new().unwrap().into_file();
+            file.set_len(geometry.map_pages() * PAGE).unwrap();
+            file.write_all_at(&bytes, at).unwrap();
+            let mut map = Map::in_file(geometry, layers, Arc::new(file), 0);
+            let mut next = 0;
+            while next < CLUSTERS {
+                match map.run(next, CLUSTERS) {
+                    Ok((layer, end)) => {
+                        prop_assert!(layer <= layers && end > next);
+                        next = end;
+                    }
+                    Err(error) => {
+                        prop_assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+                        next = (next / PAGE + 1) * PAGE;
+                    }
+                }
+            }
+        }
+    }
+}
