@@ -3,10 +3,11 @@
 use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -60,7 +61,8 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// Makes a non-blocking listening socket at `path`, which must not exist.
+/// Makes a non-blocking listening socket at `path`, where there must be nothing but a socket whose owner is gone: a
+/// process that was killed leaves it, and nobody else would remove it.
 ///
 /// Its mode is 0600: only processes of the same user, and root, may connect. The mode holds from the socket's first
 /// moment and does not depend on the umask. Open it to others with chmod, or by the folder it is in.
@@ -88,17 +90,44 @@ pub(crate) fn bind_type(path: &Path, kind: SocketType) -> Result<(OwnedFd, Socke
     socket
         .set_permissions(Permissions::from_mode(0o600))
         .map_err(failed)?;
-    match rustix::net::bind(&socket, &address) {
-        Ok(()) => {}
-        Err(Errno::ADDRINUSE) => return Err(BindError::Exists(path.to_owned())),
-        Err(error) => return Err(failed(error.into())),
+    let bind = || match rustix::net::bind(&socket, &address) {
+        Err(Errno::ADDRINUSE) => Err(BindError::Exists(path.to_owned())),
+        other => other.map_err(|error| failed(error.into())),
+    };
+    // Kept until the new socket listens and so is not abandoned itself.
+    let mut turn = None;
+    if let Err(error) = bind() {
+        turn = abandoned(path, &address, kind);
+        if !matches!(error, BindError::Exists(_)) || turn.is_none() {
+            return Err(error);
+        }
+        fs::remove_file(path).map_err(failed)?;
+        bind()?;
     }
     let file = SocketFile {
         identity: identity(path).map_err(failed)?,
         path: path.to_owned(),
     };
     rustix::net::listen(&socket, BACKLOG).map_err(|error| failed(error.into()))?;
+    drop(turn);
     Ok((OwnedFd::from(socket), file))
+}
+
+/// Whether `path` is a socket on which nobody listens, and nobody else is about to take its place: then the folder it is
+/// in, with a lock on it. Of two processes that find the same socket, only one may remove it.
+fn abandoned(path: &Path, address: &SocketAddrUnix, kind: SocketType) -> Option<File> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let folder = File::open(folder).ok()?;
+    rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive).ok()?;
+    let is_socket = fs::symlink_metadata(path).ok()?.file_type().is_socket();
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let probe = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None).ok()?;
+    // One that is in use takes the connection, or has too many, or is of another type.
+    let is_refused = rustix::net::connect(&probe, address) == Err(Errno::CONNREFUSED);
+    (is_socket && is_refused).then_some(folder)
 }
 
 #[cfg(test)]
@@ -128,6 +157,69 @@ mod tests {
         assert!(again.to_string().contains("v.sock"));
         drop(file);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn the_place_of_a_socket_whose_owner_is_gone_is_taken() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.as_path().join("v.sock");
+        // As it stays behind when a process is killed: the descriptor is closed, the file is there.
+        drop(UnixListener::bind(&path).unwrap());
+        let (listener, _file) = bind(&path).unwrap();
+        UnixStream::connect(&path).unwrap();
+        listener.accept().unwrap();
+        // Sockets of other types that are in use stay, too.
+        for kind in [SocketType::DGRAM, SocketType::SEQPACKET] {
+            let other = dir.as_path().join(format!("{kind:?}"));
+            let socket = rustix::net::socket(AddressFamily::UNIX, kind, None).unwrap();
+            rustix::net::bind(&socket, &SocketAddrUnix::new(&other).unwrap()).unwrap();
+            if kind == SocketType::SEQPACKET {
+                rustix::net::listen(&socket, 1).unwrap();
+            }
+            assert!(
+                matches!(bind(&other), Err(BindError::Exists(_))),
+                "{kind:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn of_many_who_find_a_socket_without_an_owner_one_gets_it() {
+        let dir = TempDir::new().unwrap();
+        for round in 0..50 {
+            let path = dir.as_path().join(round.to_string());
+            drop(UnixListener::bind(&path).unwrap());
+            let start = std::sync::Barrier::new(4);
+            let bound = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..4)
+                    .map(|_| {
+                        scope.spawn(|| {
+                            start.wait();
+                            bind(&path).ok()
+                        })
+                    })
+                    .collect();
+                let bound = threads.into_iter().map(|thread| thread.join().unwrap());
+                bound.flatten().collect::<Vec<_>>()
+            });
+            assert_eq!(bound.len(), 1);
+            UnixStream::connect(&path).unwrap();
+            bound[0].0.accept().unwrap();
+        }
+    }
+
+    #[test]
+    fn links_and_files_are_no_sockets_without_an_owner() {
+        let dir = TempDir::new().unwrap();
+        let [gone, link, file] = ["gone", "link", "file"].map(|name| dir.as_path().join(name));
+        drop(UnixListener::bind(&gone).unwrap());
+        std::os::unix::fs::symlink(&gone, &link).unwrap();
+        fs::write(&file, "mine").unwrap();
+        for path in [&link, &file] {
+            assert!(matches!(bind(path), Err(BindError::Exists(_))));
+        }
+        assert_eq!(fs::read(&file).unwrap(), b"mine");
+        assert!(gone.exists());
     }
 
     #[test]

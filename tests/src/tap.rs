@@ -60,6 +60,13 @@ impl Tap {
         }
     }
 
+    /// Takes it down, or up again.
+    #[track_caller]
+    pub fn set_up(&self, is_up: bool) {
+        let state = if is_up { "up" } else { "down" };
+        ip(&["link", "set", "dev", self.name(), state]);
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
