@@ -6,6 +6,7 @@ use std::io;
 
 use lepton_devices::Memory;
 use lepton_devices::dirty::PAGE;
+use vm_memory::VolatileSlice;
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 use vmm_sys_util::ioctl_iowr_nr;
 
@@ -161,13 +162,14 @@ fn ask(file: &File, part: Part, tell: &mut impl FnMut(u64, u64)) {
 fn compare(places: &Places, base: &Base) -> io::Result<Runs> {
     let mut runs = Runs::new();
     let mut was = [0; PAGE as usize];
+    let mut is = was;
     for part in places.all() {
         for offset in (0..part.bytes).step_by(PAGE as usize) {
             base.read(part.at + offset, &mut was)?;
-            let host = (part.host + offset as usize) as *const [u8; PAGE as usize];
-            // SAFETY: the page lies in a mapping of guest memory that stays mapped, and nobody writes to it: the machine
-            // is paused.
-            let is = unsafe { std::ptr::read_volatile(host) };
+            let host = (part.host + offset as usize) as *mut u8;
+            // SAFETY: the page lies in a mapping of guest memory that stays mapped.
+            let page = unsafe { VolatileSlice::new(host, PAGE as usize) };
+            page.copy_to(&mut is);
             if is != was {
                 add(&mut runs, part.at + offset, PAGE);
             }
