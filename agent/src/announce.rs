@@ -11,8 +11,8 @@ use nix::sys::socket::{
 };
 
 /// `VMADDR_CID_ANY` and `VMADDR_CID_HOST` of <linux/vm_sockets.h>.
-const ANY_CID: u32 = u32::MAX;
-const HOST_CID: u32 = 2;
+pub const ANY_CID: u32 = u32::MAX;
+pub const HOST_CID: u32 = 2;
 
 /// A socket on which the host can reach us.
 pub fn listen_vsock() -> io::Result<OwnedFd> {

@@ -10,8 +10,10 @@
 //! reported, and the way continued: a guest that can still be looked into is worth more.
 
 mod announce;
+mod identity;
 mod kernel_command_line;
 mod mounts;
+mod netlink;
 mod network;
 mod shutdown;
 mod signals;
@@ -111,12 +113,15 @@ fn be_init(start_us: u64) -> ! {
 
 fn serve_vsock(table: &Arc<Table>, start_us: u64, quiet: bool) -> Result<ttrpc::Server, Failure> {
     let listener = announce::listen_vsock()?;
+    // A host that has heard of us may make copies of us at once.
+    let identity = identity::listen_vsock();
     let times = StartTimes {
         start_us,
         ready_us: uptime_us(),
     };
     // The socket listens: the host may connect from now on, while the threads are still starting.
     announce::tell_host(times);
+    report("identity", identity.and_then(identity::serve));
     if !quiet {
         eprintln!("lepton-agent: ready {} us after the kernel", times.ready_us);
     }

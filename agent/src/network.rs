@@ -3,13 +3,12 @@
 
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::AsRawFd;
 
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
-};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkFlags, LinkMessage};
 
 use crate::kernel_command_line::Parameters;
+use crate::netlink::Route;
 use crate::report;
 
 /// Sets all of it up, reporting what fails.
@@ -43,48 +42,15 @@ fn host_name(parameters: &Parameters) -> Option<String> {
 }
 
 /// The loopback interface's index in the first network namespace.
-const LOOPBACK_INDEX: i32 = 1;
+const LOOPBACK_INDEX: u32 = 1;
 
-/// One RTM_NEWLINK request that sets IFF_UP, with an acknowledgement: rtnetlink(7).
+/// Sets IFF_UP.
 fn bring_up_loopback() -> io::Result<()> {
-    const RTM_NEWLINK: u16 = 16;
-    const NLMSG_ERROR: u16 = 2;
-    const NLM_F_REQUEST_ACK: u16 = 1 | 4;
-    const IFF_UP: u32 = 1;
-
-    let mut message = Vec::with_capacity(32);
-    // struct nlmsghdr: length, type, flags, sequence number, port.
-    message.extend(32u32.to_ne_bytes());
-    message.extend(RTM_NEWLINK.to_ne_bytes());
-    message.extend(NLM_F_REQUEST_ACK.to_ne_bytes());
-    message.extend([0; 8]);
-    // struct ifinfomsg: family and padding and type, index, flags, which flags to change.
-    message.extend([0; 4]);
-    message.extend(LOOPBACK_INDEX.to_ne_bytes());
-    message.extend(IFF_UP.to_ne_bytes());
-    message.extend(IFF_UP.to_ne_bytes());
-
-    let socket = socket(
-        AddressFamily::Netlink,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        SockProtocol::NetlinkRoute,
-    )?;
-    let kernel = NetlinkAddr::new(0, 0);
-    sendto(socket.as_raw_fd(), &message, &kernel, MsgFlags::empty())?;
-    // struct nlmsgerr after the header: a negated error number, 0 for success.
-    let mut answer = [0; 64];
-    let length = recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-    let field = |from: usize, size: usize| answer[..length].get(from..from + size);
-    let kind = field(4, 2).and_then(|bytes| bytes.try_into().ok());
-    let error = field(16, 4).and_then(|bytes| bytes.try_into().ok());
-    match (kind.map(u16::from_ne_bytes), error.map(i32::from_ne_bytes)) {
-        (Some(NLMSG_ERROR), Some(0)) => Ok(()),
-        (Some(NLMSG_ERROR), Some(error)) => {
-            Err(io::Error::from_raw_os_error(error.saturating_neg()))
-        }
-        _ => Err(io::ErrorKind::InvalidData.into()),
-    }
+    let mut link = LinkMessage::default();
+    link.header.index = LOOPBACK_INDEX;
+    link.header.flags = LinkFlags::Up;
+    link.header.change_mask = LinkFlags::Up;
+    Route::open()?.change(RouteNetlinkMessage::SetLink(link), 0)
 }
 
 /// Hands the name servers of `ip=` to the programs.

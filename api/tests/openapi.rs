@@ -237,9 +237,15 @@ fn request_types() -> Vec<Checked> {
     let overlay = json!({"path": "/o", "layers": ["/l"]});
     let image = json!({"drive_id": "a", "path_on_host": "/d", "overlay": overlay});
     let place = json!({"drive_id": "a", "path": "/o"});
+    let addresses = json!({
+        "iface_id": "a", "guest_mac": "06:00:ac:10:00:02", "address": "10.0.0.2/24", "gateway": "10.0.0.1",
+    });
+    let identity = json!({
+        "hostname": "a", "machine_id": "00", "interfaces": [addresses], "timeout_ms": 1,
+    });
     let child = json!({
         "adopt_socket": "/a", "network_overrides": [tap], "vsock_override": socket, "drive_overrides": [image],
-        "overlays": [place],
+        "overlays": [place], "identity": identity,
     });
     vec![
         checked::<BootSource>(
@@ -311,6 +317,7 @@ fn request_types() -> Vec<Checked> {
                 "snapshot_path": "/s", "mem_file_path": "/m", "mem_backend": backend, "enable_diff_snapshots": true,
                 "track_dirty_pages": true, "resume_vm": true, "network_overrides": [tap], "vsock_override": socket,
                 "drive_overrides": [image], "clock_realtime": true, "huge_pages": "2M",
+                "identity": identity,
             }),
         ),
         checked::<CloneMachine>(
@@ -324,6 +331,8 @@ fn request_types() -> Vec<Checked> {
         checked::<VsockOverride>("VsockOverride", socket.clone()),
         checked::<DriveOverlay>("DriveOverlay", overlay.clone()),
         checked::<DriveOverride>("DriveOverride", image.clone()),
+        checked::<Identity>("Identity", identity.clone()),
+        checked::<IdentityInterface>("IdentityInterface", addresses.clone()),
         checked::<InstanceAction>(
             "InstanceActionInfo",
             json!({"action_type": "InstanceStart"}),

@@ -6,6 +6,7 @@
 //! - [`jail`]: the same in a jail of `lepton-jailer`.
 //! - [`guest`]: kernels of a few instructions, made without an assembler. `native_*` tests run them on any KVM.
 //! - [`metal`]: programs for bare metal, from `tests/guests/`. `native_*` tests run them on any KVM, too.
+//! - [`heir`]: a process that waits for a copy of it.
 //! - [`linux`]: our Linux guest with its agent. `lab_*` tests run it, on a KVM with nested paging.
 //!
 //! Nothing sleeps to let something else happen: whoever waits, waits for an event, with a deadline.
@@ -14,6 +15,7 @@ pub mod api;
 pub mod capture;
 pub mod counting;
 pub mod guest;
+pub mod heir;
 pub mod host_socket;
 pub mod jail;
 pub mod linux;

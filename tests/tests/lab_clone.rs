@@ -7,8 +7,10 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
 
 use lepton_agent::client::{ExitStatus, Output};
+use lepton_tests::heir::{Heir, clone, unique_things};
 use lepton_tests::linux::{self, Linux};
-use lepton_tests::suite::{self, Order};
+use lepton_tests::suite::{self, Need, Order};
+use lepton_tests::tap::Tap;
 use lepton_tests::{PATIENCE, Vmm, test};
 use rustix::fs::{SeekFrom, seek};
 use serde_json::{Value, json};
@@ -22,6 +24,9 @@ fn main() -> ExitCode {
         [
             test!(a_guest_is_saved_and_loaded),
             test!(a_running_guest_is_cloned),
+            test!(copies_are_others_before_they_speak)
+                .needs(Need::Root)
+                .needs(Need::Program("ip")),
         ],
     )
 }
@@ -121,18 +126,25 @@ impl Place {
     /// Loads what was saved, into a new process.
     #[track_caller]
     fn load(&self) -> Linux {
+        self.load_as(&json!({}))
+    }
+
+    /// The same, with more in the request.
+    #[track_caller]
+    fn load_as(&self, more: &Value) -> Linux {
         let (vmm, mut api) = Vmm::with_api();
-        api.put(
-            "/snapshot/load",
-            &json!({
+        let mut load = json!({
                 "snapshot_path": self.path("state"),
                 "mem_backend": { "backend_type": "File", "backend_path": self.path("Full") },
                 "track_dirty_pages": true,
                 "resume_vm": true,
                 "clock_realtime": true,
                 "vsock_override": { "uds_path": vmm.path("v.sock") },
-            }),
-        );
+        });
+        for (key, value) in more.as_object().expect("an object") {
+            load[key] = value.clone();
+        }
+        api.put("/snapshot/load", &load);
         Linux::running(vmm, api)
     }
 }
@@ -169,48 +181,6 @@ fn a_guest_is_saved_and_loaded() {
     assert_eq!(guest.sh("cat /tmp/one /tmp/two"), "one\ntwo");
     // It also ends as it should.
     guest.shut_down();
-}
-
-/// A process that waits for a machine.
-struct Heir {
-    vmm: Vmm,
-    adopt: PathBuf,
-}
-
-impl Heir {
-    fn new() -> Self {
-        let builder = Vmm::builder();
-        let adopt = builder.directory().join("adopt.sock");
-        let vmm = builder
-            .arguments(["--adopt".into(), adopt.clone().into_os_string()])
-            .spawn();
-        // Once the API has answered, all of it is there.
-        vmm.api().state();
-        Heir { vmm, adopt }
-    }
-
-    /// What a request to clone says of it.
-    fn child(&self) -> Value {
-        json!({
-            "adopt_socket": self.adopt,
-            "vsock_override": { "uds_path": self.vmm.path("v.sock") },
-        })
-    }
-
-    /// Its guest.
-    #[track_caller]
-    fn linux(self) -> Linux {
-        let api = self.vmm.api();
-        Linux::running(self.vmm, api)
-    }
-}
-
-#[track_caller]
-fn clone(guest: &mut Linux, children: &[Value]) -> Value {
-    let request = json!({ "children": children }).to_string();
-    let (status, reply) = guest.api.request("PUT", "/clone", &request);
-    assert_eq!(status, 200, "{reply}");
-    serde_json::from_str(&reply).expect("a reply in JSON")
 }
 
 fn a_running_guest_is_cloned() {
@@ -279,4 +249,106 @@ fn a_running_guest_is_cloned() {
     guest.shut_down();
     assert_eq!(other.sh("cat /tmp/mine"), "1");
     other.shut_down();
+}
+
+fn copies_are_others_before_they_speak() {
+    // Each has a network of its own, whose host is x.1 and whose guest is x.2.
+    let nets = ["172.30.81", "172.30.82", "172.30.83", "172.30.84"];
+    let taps = nets.map(|net| Tap::new(Some(&format!("{net}.1/24"))));
+    let mac = |number: usize| format!("06:00:ac:1e:51:{:02x}", number + 1);
+    let ip = format!("quiet ip={0}.2::{0}.1:255.255.255.0::eth0:off", nets[0]);
+    let mut guest = Linux::boot(&ip, |_, config| {
+        config["network-interfaces"] = json!([{
+            "iface_id": "eth0", "host_dev_name": taps[0].name(), "guest_mac": mac(0),
+        }]);
+    });
+    guest.sh("echo 0123456789abcdef0123456789abcdef > /etc/machine-id; hostname parent");
+    // It talks while it is cloned, on and on.
+    guest.sh(&format!(
+        "(setsid ping {}.1 >/dev/null 2>&1 &) ; ping -c 1 -W 20 {}.1",
+        nets[0], nets[0]
+    ));
+    let identity = |number: usize| {
+        let (address, gateway) = (
+            format!("{}.2/24", nets[number]),
+            format!("{}.1", nets[number]),
+        );
+        json!({
+            "hostname": format!("copy-{number}"), "timeout_ms": 50_000,
+            "interfaces": [{
+                "iface_id": "eth0", "guest_mac": mac(number), "address": address, "gateway": gateway,
+            }],
+        })
+    };
+    let tap = |number: usize| json!([{ "iface_id": "eth0", "host_dev_name": taps[number].name() }]);
+    let heirs = [Heir::new(), Heir::new()];
+    let children: Vec<Value> = (1..)
+        .zip(&heirs)
+        .map(|(number, heir)| {
+            let mut child = heir.child();
+            child["network_overrides"] = tap(number);
+            child["identity"] = identity(number);
+            child
+        })
+        .collect();
+    clone(&mut guest, &children);
+    let mut family: Vec<Linux> = heirs.map(Heir::linux).into();
+
+    // One that is loaded, too.
+    let place = Place::new();
+    place.save(&mut guest, "Full");
+    guest.api.reach("Resumed");
+    let more = json!({ "network_overrides": tap(3), "identity": identity(3) });
+    family.push(place.load_as(&more));
+
+    let parents = unique_things(&guest);
+    assert_eq!(
+        parents[2..],
+        [
+            "0123456789abcdef0123456789abcdef",
+            "parent",
+            &mac(0),
+            "172.30.81.2/24"
+        ]
+    );
+    let mut seen = vec![parents];
+    for (number, child) in (1..).zip(&family) {
+        let things = unique_things(child);
+        assert_eq!(
+            things[3..],
+            [
+                format!("copy-{number}"),
+                mac(number),
+                format!("{}.2/24", nets[number])
+            ]
+        );
+        for other in &seen {
+            for (mine, theirs) in things.iter().zip(other) {
+                assert_ne!(mine, theirs, "{things:?}\n{other:?}");
+            }
+        }
+        seen.push(things);
+        let routes = child.sh("ip -4 route");
+        assert!(
+            routes.contains(&format!("default via {}.1 dev eth0", nets[number])),
+            "{routes}"
+        );
+        assert!(!routes.contains(nets[0]), "{routes}");
+        child.sh(&format!("ping -c 1 -W 20 {}.1", nets[number]));
+        // Nobody but itself was ever heard there.
+        let heard = std::process::Command::new("ip")
+            .args(["neigh", "show", "dev", taps[number].name()])
+            .output()
+            .expect("ip starts");
+        let heard = String::from_utf8_lossy(&heard.stdout).into_owned();
+        assert!(
+            heard.contains(&mac(number)) && !heard.contains(&mac(0)),
+            "{heard}"
+        );
+    }
+    guest.sh(&format!("ping -c 1 -W 20 {}.1", nets[0]));
+    for child in family {
+        child.shut_down();
+    }
+    guest.shut_down();
 }

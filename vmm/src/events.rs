@@ -53,8 +53,28 @@ pub struct DeviceEvents {
     /// Work that reached its bound and is to go on after the other devices had their turn.
     unfinished: Vec<Work>,
     again: EventFd,
-    /// Something happened while the machine was paused.
-    missed: bool,
+    /// Something happened while the machine was paused, or may have.
+    missed: Arc<AtomicBool>,
+}
+
+/// Makes a device go on.
+pub struct Waker {
+    again: EventFd,
+    missed: Arc<AtomicBool>,
+}
+
+impl Waker {
+    /// With what it did not finish, or did not see.
+    pub fn wake(&self) {
+        // A full counter is a pending event all the same.
+        drop(self.again.write(1));
+    }
+
+    /// With all its queues and sources.
+    pub fn wake_for_everything(&self) {
+        self.missed.store(true, Ordering::SeqCst);
+        self.wake();
+    }
 }
 
 impl DeviceEvents {
@@ -76,18 +96,21 @@ impl DeviceEvents {
             sources,
             unfinished: Vec::new(),
             again: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
-            missed: false,
+            missed: Arc::default(),
         })
     }
 
-    /// Written to after a pause, it makes the device look at all its queues and sources.
-    pub fn waker(&self) -> std::io::Result<EventFd> {
-        self.again.try_clone()
+    /// What makes it go on after a pause.
+    pub fn waker(&self) -> std::io::Result<Waker> {
+        Ok(Waker {
+            again: self.again.try_clone()?,
+            missed: self.missed.clone(),
+        })
     }
 
     /// Lets the next waking look at everything: the device was restored, and what had come before is not known.
-    pub fn expect_everything(&mut self) {
-        self.missed = true;
+    pub fn expect_everything(&self) {
+        self.missed.store(true, Ordering::SeqCst);
     }
 
     fn everything(&self) -> Vec<Work> {
@@ -102,7 +125,7 @@ impl DeviceEvents {
             vec![Work::Queue(token)]
         } else if token < queues + sources {
             vec![Work::Source(token - queues)]
-        } else if std::mem::take(&mut self.missed) {
+        } else if self.missed.swap(false, Ordering::SeqCst) {
             self.unfinished.clear();
             self.everything()
         } else {
@@ -145,7 +168,7 @@ fn perform(device: &mut dyn VirtioDevice, work: Work) -> Result<Progress, Device
 impl MutEventSubscriber for DeviceEvents {
     fn process(&mut self, events: Events, _: &mut EventOps) {
         if self.paused.0.load(Ordering::SeqCst) {
-            self.missed = true;
+            self.expect_everything();
             return;
         }
         let Ok(token) = usize::try_from(events.data()) else {

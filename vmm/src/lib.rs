@@ -11,6 +11,7 @@ pub mod console;
 pub mod controller;
 pub mod events;
 pub mod exit;
+pub mod identity;
 pub mod kvm;
 pub mod loader;
 pub mod log;

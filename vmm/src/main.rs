@@ -19,6 +19,7 @@ use lepton_vmm::clone::{Adopter, Source};
 use lepton_vmm::controller::{Controller, Inbox, Mailbox, Message, Next, Options, mailbox};
 use lepton_vmm::events::{self, Loop};
 use lepton_vmm::exit::ExitCode;
+use lepton_vmm::identity::Entropy;
 use lepton_vmm::kvm;
 use lepton_vmm::machine::boot_timer::time_on;
 use lepton_vmm::memory;
@@ -27,6 +28,7 @@ use lepton_vmm::process;
 use lepton_vmm::reach;
 use lepton_vmm::seccomp::{Filters, Thread};
 use lepton_vmm::signal::{self, OrderlyEnds};
+use rustix::rand::{GetRandomFlags, getrandom};
 use rustix::time::ClockId;
 
 /// An end before the machine could run: what to say, and with which status.
@@ -140,6 +142,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
     let of_vcpu = filters.clone();
     let options = Options {
         id: cli.id().to_owned(),
+        entropy: entropy().map_err(host("getrandom"))?,
         boot_timer: cli.boot_timer,
         confine_vcpu: Arc::new(move || {
             reach::give_up_files().map_err(io::Error::other)?;
@@ -175,6 +178,17 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
     // Its descriptors are closed by the end of the process.
     std::mem::forget(events);
     Ok(code)
+}
+
+/// Drawn before the filter, which allows no drawing: one machine a process needs it once.
+fn entropy() -> io::Result<Entropy> {
+    let mut entropy = Entropy {
+        seed: [0; 64],
+        machine_id: [0; 16],
+    };
+    getrandom(&mut entropy.seed, GetRandomFlags::empty())?;
+    getrandom(&mut entropy.machine_id, GetRandomFlags::empty())?;
+    Ok(entropy)
 }
 
 /// Where machines are offered to this process, and what removes the socket in the end.

@@ -18,6 +18,7 @@ use crate::programs::Profile;
 use crate::progress::Progress;
 use crate::run::{self, Choice};
 use crate::selftest::{self, SelftestArguments};
+use crate::verify_unique::{self, VerifyUniqueArguments};
 
 /// Builds, runs and tests lepton.
 #[derive(Debug, Parser)]
@@ -63,6 +64,9 @@ enum Command {
     /// Look for input that breaks the code which takes it, by libFuzzer, or list what there is to be broken.
     #[command(after_help = "Example: cargo xtask fuzz http --seconds 60")]
     Fuzz(FuzzArguments),
+
+    /// Clone a Linux guest many times in the lab, and count what two copies have in common.
+    VerifyUnique(VerifyUniqueArguments),
 
     /// Say what this machine can do, and how to mend what it lacks.
     Doctor,
@@ -176,6 +180,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         Command::Guest(arguments) => guest::run(arguments),
         Command::Selftest(arguments) => selftest::run(&arguments),
         Command::Fuzz(arguments) => fuzz::run(&arguments),
+        Command::VerifyUnique(arguments) => verify_unique::run(&arguments),
         Command::Doctor => doctor::run(),
     }
 }

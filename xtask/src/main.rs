@@ -15,6 +15,7 @@ mod progress;
 mod run;
 mod selftest;
 mod terminal;
+mod verify_unique;
 
 use std::process::ExitCode;
 

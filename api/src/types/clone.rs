@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{DriveOverride, NetworkOverride, VsockOverride};
+use super::{DriveOverride, Identity, NetworkOverride, VsockOverride};
 
 /// Body of `PUT /clone`. An addition.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +39,9 @@ pub struct CloneChild {
     /// Where what the copy writes to drives with an overlay is kept. For others it goes with the copy.
     #[serde(default)]
     pub overlays: Vec<CloneOverlay>,
+    /// Who it is: its guest is held until it has taken this on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<Identity>,
 }
 
 /// A file for what a copy writes to a drive.

@@ -7,6 +7,7 @@
 mod clone;
 mod cpu;
 mod device;
+mod identity;
 mod instance;
 mod machine;
 mod snapshot;
@@ -24,6 +25,7 @@ pub use device::{
     CacheType, Drive, DriveOverlay, DrivePatch, IoEngine, MacAddr, NetworkInterface,
     NetworkInterfacePatch, RateLimiter, Serial, TokenBucket, Vsock,
 };
+pub use identity::{Identity, IdentityInterface};
 pub use instance::{
     ActionType, InstanceAction, InstanceInfo, InstanceState, Version, VmState, VmStateChange,
 };

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{DriveOverlay, HugePages};
+use super::{DriveOverlay, HugePages, Identity};
 
 /// Body of `PUT /snapshot/create`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +65,9 @@ pub struct SnapshotLoad {
     /// Pages behind memory.
     #[serde(default)]
     pub huge_pages: LoadHugePages,
+    /// Who the machine is from now on: its guest is held until it has taken this on. An addition.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<Identity>,
 }
 
 /// Where the memory of a loaded machine comes from.

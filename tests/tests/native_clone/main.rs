@@ -4,6 +4,7 @@ mod apart;
 mod drives;
 mod family;
 mod going_on;
+mod identity;
 mod refused;
 
 use std::process::ExitCode;
@@ -14,6 +15,7 @@ use lepton_tests::test;
 use apart::*;
 use drives::*;
 use going_on::*;
+use identity::*;
 use refused::*;
 
 const PROBE: Need = Need::File("LEPTON_PROBE");
@@ -38,6 +40,9 @@ fn main() -> ExitCode {
             test!(drives_of_many_layers_are_cloned).needs(PROBE),
             test!(clones_that_fail_leave_no_files).needs(PROBE),
             test!(what_is_whose_is_told).needs(PROBE),
+            test!(a_guest_that_does_not_confirm_is_no_copy),
+            test!(identities_that_are_none_are_named),
+            test!(a_machine_is_not_loaded_as_another_unless_its_guest_confirms),
             test!(all_children_or_none),
             test!(what_cannot_be_cloned_is_named),
             test!(bytes_of_anybody_are_refused),

@@ -20,6 +20,7 @@ use super::message::{Answer, GO, MAX_MESSAGE, MORE, Machine, Offer, PATIENCE, VE
 use crate::config::Configuration;
 use crate::config::saved::{Overrides, SavedConfigError};
 use crate::controller::{Mailbox, Message};
+use crate::identity::{Entropy, Identity, IdentityError, MAX_PATIENCE, Telling};
 use crate::kvm::KvmError;
 use crate::machine::restore::RestoreMachineError;
 use crate::machine::state::MachineState;
@@ -57,6 +58,8 @@ pub enum AdoptError {
     HugePages,
     #[error(transparent)]
     Config(#[from] SavedConfigError),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     #[error(transparent)]
     Restore(#[from] RestoreMachineError),
     #[error(transparent)]
@@ -140,9 +143,11 @@ impl Adopter {
             return;
         };
         match socket.receive(MAX_MESSAGE) {
-            Ok(Some(offer)) => self
-                .mailbox
-                .send(Message::Offer(Adoption { socket, offer })),
+            Ok(Some(offer)) => self.mailbox.send(Message::Offer(Adoption {
+                socket,
+                offer,
+                patience: PATIENCE,
+            })),
             Ok(None) => self.link = Some(socket),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
             Err(error) => log::warn!("a machine cannot be taken: {error}"),
@@ -169,6 +174,8 @@ impl MutEventSubscriber for Adopter {
 pub struct Adoption {
     socket: PacketSocket,
     offer: Packet,
+    /// How long the others may take.
+    patience: Duration,
 }
 
 /// What is needed to restore the machine.
@@ -185,11 +192,13 @@ pub struct Adopted {
     pub alone: bool,
     /// What was made for it.
     pub new_files: NewFiles,
+    /// What its guest is to be told before it is a copy.
+    pub telling: Option<Telling>,
 }
 
 impl Adoption {
     /// Takes what is offered apart, opens what the machine needs of the host, and maps its memory.
-    pub fn take(&mut self) -> Result<Adopted, AdoptError> {
+    pub fn take(&mut self, entropy: &Entropy) -> Result<Adopted, AdoptError> {
         let offer: Offer = codec::decode(&self.offer.bytes).map_err(AdoptError::Offer)?;
         if offer.version != VERSION {
             return Err(AdoptError::Version(offer.version));
@@ -221,6 +230,11 @@ impl Adoption {
         } = codec::decode(&bytes).map_err(AdoptError::Machine)?;
         let of_memory = files.by_ref().take(memory_files as usize).collect();
         let base = Base::received(memory, extents, of_memory)?;
+        self.patience = Duration::from_millis(offer.patience_ms).min(MAX_PATIENCE);
+        let telling = match offer.identity.map(Identity::try_from).transpose()? {
+            Some(identity) => Some(identity.put_into(&mut state, entropy)?),
+            None => None,
+        };
         let overrides = Overrides::from(offer.changes);
         state.config.apply(&overrides)?;
         let mut new_files = NewFiles::default();
@@ -250,6 +264,7 @@ impl Adoption {
             resume: offer.resume,
             alone: offer.alone,
             new_files,
+            telling,
         })
     }
 
@@ -264,7 +279,7 @@ impl Adoption {
             return Ok(());
         }
         // The other side waits for all the other copies before.
-        match self.next_word(PATIENCE * 2)? {
+        match self.next_word(self.patience * 2)? {
             packet if packet.bytes == GO => Ok(()),
             _ => Err(io::Error::other("an unknown word")),
         }

@@ -14,6 +14,7 @@ use super::drives::{Drives, Wants};
 use super::message::{Answer, Changes, GO, MAX_MESSAGE, MORE, Machine, Offer, PATIENCE, VERSION};
 use crate::config::devices::DeviceConfigError;
 use crate::config::devices::sharing::SharedDrive;
+use crate::identity::{Identity, IdentityError, Wanted};
 use crate::kvm::KvmError;
 use crate::machine::state::{MachineState, SaveError};
 use crate::memory::base;
@@ -58,6 +59,11 @@ pub enum CloneError {
     Save(#[from] SaveError),
     #[error(transparent)]
     Freeze(#[from] FreezeError),
+    #[error("child {}: {source}", path.display())]
+    Identity {
+        path: PathBuf,
+        source: IdentityError,
+    },
     #[error(transparent)]
     Encode(#[from] CodecError),
     #[error(transparent)]
@@ -68,8 +74,8 @@ pub enum CloneError {
     Child { path: PathBuf, source: io::Error },
     #[error("child {}: {reason}", path.display())]
     Refused { path: PathBuf, reason: String },
-    #[error("child {}: no answer within {PATIENCE:?}", .0.display())]
-    Silent(PathBuf),
+    #[error("child {}: no answer within {patience:?}", path.display())]
+    Silent { path: PathBuf, patience: Duration },
 }
 
 /// A process that waits for a machine.
@@ -78,12 +84,14 @@ struct Heir {
     socket: PacketSocket,
     changes: Changes,
     wants: Wants,
+    identity: Option<Wanted>,
 }
 
 /// The processes that wait for the machine. Dropped, they wait for another.
 pub struct Heirs {
     heirs: Vec<Heir>,
     resume: bool,
+    patience: Duration,
 }
 
 impl Heirs {
@@ -95,10 +103,20 @@ impl Heirs {
         }
         let mut seen = std::collections::BTreeSet::new();
         let mut heirs = Vec::with_capacity(children.len());
+        let mut patience = Duration::ZERO;
         for child in children {
             let path = child.adopt_socket.clone();
             if !seen.insert(&child.adopt_socket) {
                 return Err(CloneError::Twice(path));
+            }
+            let identity = child.identity.as_ref().map(Wanted::from);
+            if let Some(identity) = identity.clone() {
+                let identity =
+                    Identity::try_from(identity).map_err(|source| CloneError::Identity {
+                        path: path.clone(),
+                        source,
+                    })?;
+                patience = patience.max(identity.patience);
             }
             let socket = PacketSocket::connect(&path).map_err(|source| CloneError::Connect {
                 path: path.clone(),
@@ -109,11 +127,13 @@ impl Heirs {
                 socket,
                 changes: Changes::from(child),
                 wants: Wants::from(child),
+                identity,
             });
         }
         Ok(Heirs {
             heirs,
             resume: request.resume_children,
+            patience: PATIENCE + patience,
         })
     }
 
@@ -135,6 +155,7 @@ impl Heirs {
         };
         offer(&self, &machine, &base, &Drives::new(drives)?)?;
         Ok(HandOver {
+            patience: self.patience,
             heirs: self.heirs,
             leftovers,
             pause,
@@ -146,6 +167,7 @@ impl Heirs {
 /// A machine on its way to those who get a copy. The machine itself goes on. Dropped, there are no copies.
 pub struct HandOver {
     heirs: Vec<Heir>,
+    patience: Duration,
     leftovers: Vec<OldMapping>,
     pause: Duration,
     /// When the pause ended.
@@ -165,12 +187,13 @@ impl HandOver {
     pub fn finish(self) -> Finished {
         let HandOver {
             heirs,
+            patience,
             leftovers,
             pause,
             resumed,
         } = self;
         // The heirs' sockets are closed on an error: who has the machine already ends.
-        let result = collect(&heirs, resumed).map(|children| Cloned {
+        let result = collect(&heirs, patience, resumed).map(|children| Cloned {
             pause_us: microseconds(pause),
             children,
         });
@@ -202,7 +225,11 @@ fn offer(
     base::seal(&file)?;
     let mut common = vec![file.as_fd()];
     common.extend(memory.files().iter().map(|file| file.as_fd()));
-    let Heirs { heirs, resume } = heirs;
+    let Heirs {
+        heirs,
+        resume,
+        patience,
+    } = heirs;
     for heir in heirs {
         let parcel = drives.parcel(&heir.wants)?;
         let mut files = common.clone();
@@ -215,6 +242,8 @@ fn offer(
             alone: heirs.len() == 1,
             drives: parcel.drives.clone(),
             files: files.len() as u32,
+            identity: heir.identity.clone(),
+            patience_ms: u64::try_from(patience.as_millis()).unwrap_or(u64::MAX),
         };
         let (first, rest) = files.split_at(files.len().min(MAX_FILES));
         let mut sent = heir.socket.send(&codec::encode(&offer)?, first);
@@ -226,9 +255,13 @@ fn offer(
     Ok(())
 }
 
-/// Waits until all are ready, and no longer than [`PATIENCE`].
-fn collect(heirs: &[Heir], since: Instant) -> Result<Vec<ClonedChild>, CloneError> {
-    let deadline = Instant::now() + PATIENCE;
+/// Waits until all are ready, and no longer than `patience`.
+fn collect(
+    heirs: &[Heir],
+    patience: Duration,
+    since: Instant,
+) -> Result<Vec<ClonedChild>, CloneError> {
+    let deadline = Instant::now() + patience;
     let mut ready: Vec<Option<ClonedChild>> = vec![None; heirs.len()];
     loop {
         let waiting: Vec<usize> = (0..heirs.len()).filter(|i| ready[*i].is_none()).collect();
@@ -236,7 +269,10 @@ fn collect(heirs: &[Heir], since: Instant) -> Result<Vec<ClonedChild>, CloneErro
             return Ok(ready.into_iter().flatten().collect());
         };
         let left = deadline.saturating_duration_since(Instant::now());
-        let silent = || CloneError::Silent(heirs[*first].path.clone());
+        let silent = || CloneError::Silent {
+            path: heirs[*first].path.clone(),
+            patience,
+        };
         if left.is_zero() {
             return Err(silent());
         }

@@ -7,11 +7,12 @@ use serde::{Deserialize, Serialize};
 
 use super::drives::HandedDrive;
 use crate::config::saved::{Overrides, SavedOverlay};
+use crate::identity::Wanted;
 use crate::machine::state::MachineState;
 use crate::memory::base::Extent;
 
 /// Version of all of this. Both sides have the same.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// Most bytes of a message.
 pub const MAX_MESSAGE: usize = 64 << 10;
 /// How long one side waits for the other.
@@ -38,6 +39,10 @@ pub struct Offer {
     pub drives: Vec<HandedDrive>,
     /// Descriptors in all. What one message has no room for comes with others, [`MORE`].
     pub files: u32,
+    /// Who the copy is, if it is to be another machine.
+    pub identity: Option<Wanted>,
+    /// Milliseconds that any of the copies may take.
+    pub patience_ms: u64,
 }
 
 /// What is different in a copy.

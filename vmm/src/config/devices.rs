@@ -14,7 +14,7 @@ use lepton_devices::virtio::block::overlay::OverlayError;
 use lepton_devices::virtio::block::{Block, BlockError, Image};
 use lepton_devices::virtio::net::{Net, NetError};
 use lepton_devices::virtio::transport::mmio::SharedDevice;
-use lepton_devices::virtio::vsock::{self, Cid, Vsock, VsockConfig};
+use lepton_devices::virtio::vsock::{self, Cid, Exchange, Vsock, VsockConfig};
 use lepton_hostio::file::{DiskOpenError, open_disk};
 use lepton_hostio::listener::{self, BindError, SocketFile};
 use lepton_hostio::tap::TapError;
@@ -383,6 +383,28 @@ impl Devices {
             _socket: socket,
         });
         Ok(())
+    }
+
+    /// Holds the guest back from its interfaces and from the vsock, but for this question.
+    pub fn hold(&self, question: Exchange) {
+        self.hold_all(true);
+        if let Some(vsock) = &self.vsock {
+            lock(&vsock.device).ask(question);
+        }
+    }
+
+    /// Lets it talk again. The devices are to look at everything then.
+    pub fn release(&self) {
+        self.hold_all(false);
+    }
+
+    fn hold_all(&self, held: bool) {
+        for slot in &self.interfaces {
+            lock(&slot.device).hold(held);
+        }
+        if let Some(vsock) = &self.vsock {
+            lock(&vsock.device).hold(held);
+        }
     }
 
     /// All devices by name, in the order in which the guest finds them.

@@ -9,6 +9,7 @@ use lepton_api::types::{CloneMachine, Divergence, Shares};
 use lepton_api::{Action, Fault, Reply};
 
 use super::dispatch::{Controller, Next, console_of, refused};
+use super::held::{Held, Waiting};
 use super::phase::Phase;
 use super::policy::{self, Stage};
 use crate::clone::{self, AdoptError, Adoption, CloneError, Finished, HandOver, Heirs, NewFiles};
@@ -17,6 +18,7 @@ use crate::config::devices::sharing::SharedDrive;
 use crate::config::saved::SavedConfig;
 use crate::events::Loop;
 use crate::exit::ExitCode;
+use crate::identity::Telling;
 use crate::kvm::Hypervisor;
 use crate::machine::Paused;
 use crate::machine::restore::{self, Restoration};
@@ -45,6 +47,8 @@ struct Restored {
     alone: bool,
     /// What was made for it.
     new_files: NewFiles,
+    /// What its guest is to be told before it is a copy.
+    telling: Option<Telling>,
 }
 
 impl Controller {
@@ -151,6 +155,7 @@ impl Controller {
             resume,
             alone,
             mut new_files,
+            telling,
         } = match taken {
             Ok(taken) => taken,
             Err(error) => {
@@ -159,6 +164,15 @@ impl Controller {
                 return Next::Continue;
             }
         };
+        if let Some(telling) = telling {
+            let waits = Waiting::Parent {
+                adoption,
+                alone,
+                new_files,
+            };
+            self.hold(paused, telling, Held { resume, waits });
+            return Next::Continue;
+        }
         if let Err(error) = adoption.ready(&self.options.id, alone) {
             log::error!("there is to be no copy of the machine: {error}");
             self.phase = Phase::Paused(paused);
@@ -178,7 +192,7 @@ impl Controller {
         adoption: &mut Adoption,
         events: &mut Loop,
     ) -> Result<Restored, AdoptError> {
-        let mut adopted = adoption.take()?;
+        let mut adopted = adoption.take(&self.options.entropy)?;
         adopted.configuration.serial = self.configuration.serial.clone();
         let (console, room) = console_of(&adopted.configuration.serial)?;
         let hypervisor = match self.hypervisor.take() {
@@ -201,6 +215,7 @@ impl Controller {
             resume: adopted.resume,
             alone: adopted.alone,
             new_files: adopted.new_files,
+            telling: adopted.telling,
         })
     }
 

@@ -14,6 +14,7 @@ use lepton_api::{Action, Fault, Reply};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::held::Held;
 use super::mailbox::{Mailbox, Message};
 use super::phase::Phase;
 use super::policy::{self, Stage};
@@ -21,6 +22,7 @@ use crate::config::{ConfigError, Configuration, SerialSettings};
 use crate::console::{self, ConsoleInput, RawTerminal};
 use crate::events::Loop;
 use crate::exit::ExitCode;
+use crate::identity::Entropy;
 use crate::kvm::{self, Hypervisor};
 use crate::machine::Paused;
 use crate::machine::build::{self, Blueprint, BuildError, Built, Console, Surroundings};
@@ -44,6 +46,8 @@ pub struct Options {
     pub boot_timer: bool,
     /// Runs first on each vCPU thread: its confinement.
     pub confine_vcpu: Arc<dyn Fn() -> io::Result<()> + Send + Sync>,
+    /// For a guest that is to be another than it was.
+    pub entropy: Entropy,
     /// Where requests may open files once the machine was started: `--allow-path`.
     pub allow_path: Vec<PathBuf>,
     /// The process's own sockets: the API's, and that of `--adopt`.
@@ -73,10 +77,12 @@ pub enum Next {
 /// The one owner of the machine and its configuration.
 pub struct Controller {
     pub(super) options: Options,
-    mailbox: Mailbox,
+    pub(super) mailbox: Mailbox,
     /// Dropped before the configuration: a machine uses its devices.
     pub(super) phase: Phase,
     pub(super) configuration: Configuration,
+    /// The machine runs and is held, until its guest has taken on who it is.
+    pub(super) held: Option<Held>,
     /// Made ready ahead of the start, which takes it.
     pub(super) hypervisor: Option<Hypervisor>,
     /// What KVM can save of a vCPU here, once it was asked.
@@ -99,6 +105,7 @@ impl Controller {
             mailbox,
             phase: Phase::Configuring,
             configuration: Configuration::new()?,
+            held: None,
             hypervisor: None,
             saveable: None,
             metrics: Metrics::default(),
@@ -122,6 +129,14 @@ impl Controller {
                 self.clone_machine(&request, reply);
                 Next::Continue
             }
+            Message::Request {
+                action: Action::LoadSnapshot(request),
+                reply,
+            } if request.identity.is_some() => {
+                self.load_as_another(&request, reply, events);
+                Next::Continue
+            }
+            Message::Identified(result) => self.identified(result),
             Message::Offer(adoption) => self.adopt_offer(adoption, events),
             Message::Request { action, reply } => {
                 let result = self.execute(action, events);
@@ -209,6 +224,7 @@ impl Controller {
 
     pub(super) fn stage(&self) -> Stage {
         match self.phase.stage() {
+            _ if self.held.is_some() => Stage::Held,
             Stage::Configuring if !self.configuration.is_touched() => Stage::Fresh,
             stage => stage,
         }
@@ -301,7 +317,7 @@ impl Controller {
             id: self.options.id.clone(),
             state: match self.phase.stage() {
                 Stage::Fresh | Stage::Configuring => InstanceState::NotStarted,
-                Stage::Running => InstanceState::Running,
+                Stage::Running | Stage::Held => InstanceState::Running,
                 Stage::Paused => InstanceState::Paused,
             },
             vmm_version: env!("CARGO_PKG_VERSION").into(),

@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::clone::Adoption;
 use crate::exit::ExitCode;
+use crate::identity::IdentityError;
 use crate::vcpu::Stop;
 
 /// What the controller is told.
@@ -24,6 +25,8 @@ pub enum Message {
     },
     /// A machine is offered to this process.
     Offer(Adoption),
+    /// The machine's guest has taken on who it is, or has not.
+    Identified(Result<(), IdentityError>),
     /// The machine stopped by itself.
     Stopped(Stop),
     /// The process is to end.

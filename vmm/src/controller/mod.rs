@@ -2,6 +2,7 @@
 
 mod clone;
 mod dispatch;
+mod held;
 mod mailbox;
 mod phase;
 pub mod policy;

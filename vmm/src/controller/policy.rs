@@ -13,9 +13,11 @@ pub enum Stage {
     Running,
     /// Started, vCPUs stopped.
     Paused,
+    /// Restored, and its guest is to take on who it is before anything else.
+    Held,
 }
 
-/// Why an action is not allowed now. All texts but the last two are Firecracker's.
+/// Why an action is not allowed now. All texts but the last three are Firecracker's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Denied {
     /// Too early.
@@ -35,6 +37,9 @@ pub enum Denied {
     /// The guest is using it.
     #[error("The microVM runs and may be using the drive: PATCH /vm with the state Paused first.")]
     RunningDrive,
+    /// The guest is still somebody else.
+    #[error("The microVM is held until its guest has taken on its identity.")]
+    Held,
 }
 
 /// Whether `action` is allowed in `stage`.
@@ -43,6 +48,7 @@ pub fn allow(stage: Stage, action: &Action) -> Result<(), Denied> {
     let started = !matches!(stage, Stage::Fresh | Stage::Configuring);
     match action {
         GetInstanceInfo | GetVersion | GetMachineConfig | GetVmConfig | GetMetrics => Ok(()),
+        _ if stage == Stage::Held => Err(Denied::Held),
         InstanceStart
         | PutBootSource(_)
         | PutCpuConfig(_)
@@ -75,17 +81,17 @@ pub fn allow(stage: Stage, action: &Action) -> Result<(), Denied> {
         }
         ResetDrive(_) => match stage {
             Stage::Fresh | Stage::Configuring | Stage::Paused => Ok(()),
-            Stage::Running => Err(Denied::RunningDrive),
+            Stage::Running | Stage::Held => Err(Denied::RunningDrive),
         },
         CreateSnapshot(_) => match stage {
             Stage::Fresh | Stage::Configuring => Err(Denied::BeforeStart),
-            Stage::Running => Err(Denied::NotPaused),
+            Stage::Running | Stage::Held => Err(Denied::NotPaused),
             Stage::Paused => Ok(()),
         },
         LoadSnapshot(_) => match stage {
             Stage::Fresh => Ok(()),
             Stage::Configuring => Err(Denied::Configured),
-            Stage::Running | Stage::Paused => Err(Denied::AfterStart),
+            Stage::Running | Stage::Paused | Stage::Held => Err(Denied::AfterStart),
         },
     }
 }
@@ -94,6 +100,14 @@ pub fn allow(stage: Stage, action: &Action) -> Result<(), Denied> {
 mod tests {
     use super::*;
     use lepton_api::types::{VmState, VmStateChange};
+
+    #[test]
+    fn a_machine_that_is_held_can_only_be_read() {
+        assert_eq!(allow(Stage::Held, &Action::GetVmConfig), Ok(()));
+        for action in [Action::InstanceStart, Action::SendCtrlAltDel] {
+            assert_eq!(allow(Stage::Held, &action), Err(Denied::Held));
+        }
+    }
 
     #[test]
     fn reading_is_always_allowed_and_writing_only_on_its_side_of_the_start() {

@@ -4,10 +4,12 @@ use lepton_api::Fault;
 use lepton_api::types::{SnapshotCreate, SnapshotLoad, SnapshotType};
 
 use super::dispatch::{Controller, console_of, refused};
+use super::held::{Held, Waiting};
 use super::phase::Phase;
 use super::policy::Denied;
 use crate::config::saved::{Overrides, SavedConfig};
 use crate::events::Loop;
+use crate::identity::{Identity, Wanted};
 use crate::kvm::Hypervisor;
 use crate::machine::restore::{self, Restoration};
 use crate::memory::pager::PageError;
@@ -78,6 +80,13 @@ impl Controller {
     fn load(&mut self, request: &SnapshotLoad, events: &mut Loop) -> Result<(), LoadError> {
         let mut saved = Saved::open(&request.snapshot_path)?;
         log::debug!("state read");
+        let telling = match &request.identity {
+            None => None,
+            Some(identity) => {
+                let identity = Identity::try_from(Wanted::from(identity))?;
+                Some(identity.put_into(&mut saved.state, &self.options.entropy)?)
+            }
+        };
         let mut configuration = saved.configure(&Overrides::from(request))?;
         log::debug!("devices made");
         let around = self.surroundings();
@@ -93,7 +102,8 @@ impl Controller {
             ram,
             devices: configuration.devices.all(),
             console,
-            clock_catches_up: request.clock_realtime,
+            // A machine that lives a second time lives now.
+            clock_catches_up: request.clock_realtime || telling.is_some(),
         };
         let built = restore::restore(&Hypervisor::open()?, restoration, around)?;
         self.configuration = configuration;
@@ -102,6 +112,14 @@ impl Controller {
         reach.files(&folder_of(&request.snapshot_path));
         self.give_up_files(reach)?;
         let paused = self.adopt(built, room, events);
+        if let Some(telling) = telling {
+            let held = Held {
+                resume: request.resume_vm,
+                waits: Waiting::Nobody,
+            };
+            self.hold(paused, telling, held);
+            return Ok(());
+        }
         self.phase = match request.resume_vm {
             true => Phase::Running(paused.resume()),
             false => Phase::Paused(paused),

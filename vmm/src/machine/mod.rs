@@ -23,9 +23,8 @@ use lepton_devices::dirty::PAGE;
 use lepton_devices::virtio::device::DeviceError;
 use lepton_devices::virtio::transport::mmio::{SharedDevice, lock};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-use vmm_sys_util::eventfd::EventFd;
 
-use crate::events::DevicesPaused;
+use crate::events::{DevicesPaused, Waker};
 use crate::kvm::{KvmError, Vm};
 use crate::memory::Ram;
 use crate::vcpu::bus::Bus;
@@ -43,7 +42,7 @@ pub struct Machine {
     devices: Vec<SharedDevice>,
     devices_paused: Arc<DevicesPaused>,
     /// One per device: makes it catch up after a pause.
-    wakers: Vec<EventFd>,
+    wakers: Vec<Waker>,
     metrics: Arc<VcpuMetrics>,
     vm: Vm,
     ram: Ram,
@@ -62,6 +61,11 @@ impl Machine {
     /// The machine's devices by address.
     pub fn bus(&self) -> &Bus {
         &self.bus
+    }
+
+    /// Has all devices look at all their queues and sources.
+    pub fn wake_devices(&self) {
+        self.wakers.iter().for_each(Waker::wake_for_everything);
     }
 
     /// What the vCPUs counted.
@@ -150,10 +154,7 @@ impl Paused {
     pub fn resume(self) -> Running {
         let machine = self.0;
         machine.devices_paused.set(false);
-        for waker in &machine.wakers {
-            // A full counter is a pending event all the same.
-            drop(waker.write(1));
-        }
+        machine.wakers.iter().for_each(Waker::wake);
         machine.gate.order(Order::Run);
         Running(machine)
     }

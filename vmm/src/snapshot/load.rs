@@ -8,6 +8,7 @@ use lepton_snapshot::{Manifest, MemoryFileError, StateFileError, memory_file, st
 
 use crate::config::saved::{Overrides, SavedConfig, SavedConfigError};
 use crate::config::{Configuration, Shape};
+use crate::identity::IdentityError;
 use crate::machine::restore::RestoreMachineError;
 use crate::machine::state::MachineState;
 use crate::memory::Ram;
@@ -25,6 +26,8 @@ pub enum LoadError {
     Decode { path: PathBuf, source: CodecError },
     #[error(transparent)]
     Config(#[from] SavedConfigError),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     #[error(transparent)]
     MemoryFile(#[from] MemoryFileError),
     #[error(

@@ -12,9 +12,10 @@ enum May {
 
 fn rule(package: &str) -> Option<May> {
     Some(match package {
-        "lepton-api" | "lepton-hostio" | "lepton-snapshot" | "lepton-agent" | "xtask" => {
+        "lepton-api" | "lepton-hostio" | "lepton-snapshot" | "lepton-identity" | "xtask" => {
             May::Use(&[])
         }
+        "lepton-agent" => May::Use(&["lepton-identity"]),
         "lepton-jailer" => May::Use(&["lepton-hostio"]),
         "lepton-devices" => May::Use(&["lepton-hostio", "lepton-snapshot"]),
         "lepton-vmm" => May::Use(&[
@@ -22,6 +23,7 @@ fn rule(package: &str) -> Option<May> {
             "lepton-devices",
             "lepton-snapshot",
             "lepton-hostio",
+            "lepton-identity",
         ]),
         "lepton" => May::Use(&["lepton-api", "lepton-agent"]),
         "lepton-tests" | "lepton-benches" | "lepton-hot-paths" | "lepton-fuzz" => May::UseAll,

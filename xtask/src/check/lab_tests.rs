@@ -13,7 +13,7 @@ use crate::lab::{self, Lab, Place, Streams};
 use crate::progress::Progress;
 
 /// A boot with everything in it takes no longer than this on two cores.
-const TIMEOUT: Duration = Duration::from_secs(20 * 60);
+pub const TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
 /// Lines the script inside writes between the programs' own.
 const BEGIN: &str = "lab-test: begin ";
@@ -28,6 +28,7 @@ pub fn run(
     programs: &[Program],
     folder: &Path,
     environment: &[(OsString, OsString)],
+    patience: Duration,
 ) -> Result<Counts> {
     let cache = Cache::open()?;
     let mut counts = Counts::default();
@@ -43,7 +44,7 @@ pub fn run(
                 cpus: 2,
             },
             memory_mib: lab::DEFAULT_MEMORY_MIB,
-            timeout: Some(TIMEOUT),
+            timeout: Some(patience),
         };
         let streams = Streams::Pipes {
             input: false,

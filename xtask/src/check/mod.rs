@@ -14,7 +14,7 @@ use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -230,6 +230,43 @@ fn debian(progress: &Progress) -> Result<Environment> {
     ]))
 }
 
+/// The programs with tests of the whole system, by name.
+fn test_programs(progress: &Progress) -> Result<BTreeMap<String, PathBuf>> {
+    let messages = progress.capture(
+        "building the tests of the whole system",
+        cargo()
+            .args(["test", "--package", SYSTEM_TESTS, "--no-run"])
+            .arg("--message-format=json-render-diagnostics"),
+    )?;
+    programs::executables(&String::from_utf8_lossy(&messages))
+}
+
+fn lab_variables(environment: &Environment) -> Vec<(OsString, OsString)> {
+    let mut variables = lab::environment(&[]);
+    variables.extend(
+        environment
+            .iter()
+            .map(|(name, path)| (OsString::from(name), OsString::from(path))),
+    );
+    variables
+}
+
+/// Runs one test program in a lab of its own, with the programs as they are shipped and more variables.
+pub fn in_lab(
+    progress: &Progress,
+    program: &str,
+    more: &[(&str, String)],
+    patience: Duration,
+) -> Result<Counts> {
+    let built = Built::get(progress, Profile::Release)?;
+    let mut variables = lab_variables(&environment(progress, &built)?);
+    variables.extend(more.iter().map(|(name, value)| (name.into(), value.into())));
+    let path = test_programs(progress)?.remove(program);
+    let path = path.with_context(|| format!("cargo built no {program}"))?;
+    let folder = programs::workspace().join("tests");
+    lab_tests::run(&[(program.to_owned(), path)], &folder, &variables, patience)
+}
+
 /// Tests on booted machines: `lab_*` in the lab, the others on this machine.
 fn system_tests(
     progress: &Progress,
@@ -237,17 +274,10 @@ fn system_tests(
     only: &[String],
     check: &mut impl FnMut(Result<Counts>),
 ) {
-    let messages = progress.capture(
-        "building the tests of the whole system",
-        cargo()
-            .args(["test", "--package", SYSTEM_TESTS, "--no-run"])
-            .arg("--message-format=json-render-diagnostics"),
-    );
-    let programs =
-        match messages.and_then(|bytes| programs::executables(&String::from_utf8_lossy(&bytes))) {
-            Ok(programs) => programs,
-            Err(error) => return check(Err(error)),
-        };
+    let programs = match test_programs(progress) {
+        Ok(programs) => programs,
+        Err(error) => return check(Err(error)),
+    };
     let trace = only.is_empty() || only.iter().any(|word| word == used_calls::NAME);
     let all: Option<Vec<Program>> = trace.then(|| programs.clone().into_iter().collect());
     let (mut in_lab, here): (Vec<Program>, Vec<Program>) = programs
@@ -280,14 +310,9 @@ fn system_tests(
     if in_lab.is_empty() {
         return;
     }
-    let mut variables = lab::environment(&[]);
-    variables.extend(
-        environment
-            .iter()
-            .map(|(name, path)| (OsString::from(name), OsString::from(path))),
-    );
+    let variables = lab_variables(environment);
     let step = progress.step("running the tests in the lab");
-    let result = lab_tests::run(&in_lab, &folder, &variables);
+    let result = lab_tests::run(&in_lab, &folder, &variables, lab_tests::TIMEOUT);
     match &result {
         Ok(counts) if counts.failed == 0 => step.done(&counts.to_string()),
         _ => step.failed(),

@@ -72,6 +72,8 @@ pub struct Net<B: Backend = Tap> {
     pub(super) tx_limiter: RateLimiter,
     pub(super) metrics: Arc<NetMetrics>,
     pub(super) active: Option<Active>,
+    /// It neither receives, nor does what the driver sends leave.
+    pub(super) held: bool,
 }
 
 pub(super) struct Active {
@@ -98,6 +100,7 @@ impl<B: Backend> Net<B> {
             tx_limiter: RateLimiter::new(config.tx_rate_limiter).map_err(NetError::RateLimiter)?,
             metrics: Arc::new(NetMetrics::default()),
             active: None,
+            held: false,
         })
     }
 
@@ -128,7 +131,27 @@ impl<B: Backend> Net<B> {
         self.tx_limiter.update(tx.bandwidth, tx.ops);
     }
 
+    /// Holds the guest back from its network, or no more. What it sends meanwhile is dropped: it would leave under a name
+    /// that is not its own. What comes for it waits. When it is let go, the device is to look at everything.
+    pub fn hold(&mut self, held: bool) {
+        if !held {
+            // What the driver has sent until now. An error will be there again.
+            drop(self.discard());
+        }
+        self.held = held;
+    }
+
+    fn discard(&mut self) -> Result<Progress, DeviceError> {
+        match &mut self.active {
+            Some(active) => active.tx.discard(),
+            None => Ok(Progress::Done),
+        }
+    }
+
     fn receive(&mut self) -> Result<Progress, DeviceError> {
+        if self.held {
+            return Ok(Progress::Done);
+        }
         let Some(active) = &mut self.active else {
             return Ok(Progress::Done);
         };
@@ -141,6 +164,9 @@ impl<B: Backend> Net<B> {
     }
 
     fn transmit(&mut self) -> Result<Progress, DeviceError> {
+        if self.held {
+            return self.discard();
+        }
         let Some(active) = &mut self.active else {
             return Ok(Progress::Done);
         };

@@ -37,6 +37,8 @@ impl<B: Backend> Net<B> {
             metrics: _,
             // The transport's part: queues, negotiated features.
             active: _,
+            // For those who load it to say.
+            held: _,
         } = self;
         NetState {
             mac: *mac,

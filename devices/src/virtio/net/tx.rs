@@ -46,6 +46,15 @@ impl Transmitter {
         self.queue.position()
     }
 
+    /// Drops what the driver made available, a whole ring of it.
+    pub(super) fn discard(&mut self) -> Result<Progress, DeviceError> {
+        let ring = usize::from(super::device::MAX_QUEUE_SIZE);
+        self.queue.drain(ring, |queue, chain| {
+            queue.complete(chain.head(), 0)?;
+            Ok(Flow::Continue)
+        })
+    }
+
     /// Sends what the driver made available, as far as the limiter and the bound on work allow.
     pub(super) fn run<B: Backend>(
         &mut self,

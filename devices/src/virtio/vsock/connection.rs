@@ -141,6 +141,18 @@ impl<S: HostStream> Connection<S> {
         &self.stream
     }
 
+    /// The stream to the host, to be told something.
+    pub fn stream_mut(&mut self) -> &mut S {
+        &mut self.stream
+    }
+
+    /// Lets the guest take until `deadline` to answer the REQUEST.
+    #[must_use]
+    pub fn answered_by(mut self, deadline: Instant) -> Self {
+        self.deadline = Some(deadline);
+        self
+    }
+
     /// Whether nothing is left to do: drop it.
     pub fn is_closed(&self) -> bool {
         self.phase == Phase::Closed

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use smallvec::SmallVec;
 use vm_memory::VolatileSlice;
 
+use super::exchange::Exchange;
 use super::muxer::{Muxer, Rx};
 use super::packet::{
     ConnectionKey, HEADER_LEN, PacketError, TxPacket, rx_data, rx_room, write_header,
@@ -134,15 +135,27 @@ impl Vsock {
         }
     }
 
+    /// Lets the guest talk to nobody, or to anybody again. After the latter the device is to look at everything.
+    pub fn hold(&mut self, held: bool) {
+        self.muxer.hold(held, Instant::now());
+    }
+
+    /// Asks the guest something, as soon as it can be reached, held or not.
+    pub fn ask(&mut self, exchange: Exchange) {
+        self.muxer.ask(exchange, Instant::now());
+    }
+
     /// Moves packets both ways.
     fn service(&mut self, kicked: Option<usize>) -> Result<Progress, DeviceError> {
+        let now = Instant::now();
         let Some(active) = &mut self.active else {
+            self.muxer.tick(now);
             return Ok(Progress::Done);
         };
-        let now = Instant::now();
         let mut more = false;
         if active.is_resetting(&mut self.muxer, now, self.reset_patience) {
             active.fresh = true;
+            self.muxer.tick(now);
         } else if kicked.is_none() || active.fresh {
             active.fresh = false;
             more |= self.muxer.poll(now) == Progress::Again;

@@ -14,6 +14,7 @@
 //! | [`handshake`] | the `CONNECT` line |
 //! | [`muxer`] | all connections, the listening socket, timeouts |
 //! | [`poller`] | one epoll descriptor for all of them |
+//! | [`exchange`] | a question of the VMM's own to the guest |
 //! | [`stream`] | the byte stream a connection runs over |
 //! | [`device`] | queues |
 
@@ -21,6 +22,7 @@ mod backlog;
 pub mod connection;
 pub mod credit;
 pub mod device;
+pub mod exchange;
 pub mod handshake;
 pub mod muxer;
 pub mod packet;
@@ -29,6 +31,7 @@ mod state;
 pub mod stream;
 
 pub use device::{Vsock, VsockConfig};
+pub use exchange::{Exchange, ExchangeError};
 pub use state::VsockState;
 
 /// The host's context ID (VIRTIO 1.3, 5.10.4).

@@ -23,11 +23,15 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::backlog::Spare;
 use super::connection::{Connection, Next};
+use super::exchange::{Exchange, HostEnd};
 use super::handshake::{Line, Waiting};
 use super::packet::{ConnectionKey, Header, Op, TYPE_STREAM};
 use super::poller::{BATCH, PORT_ANY, Poller, Readiness, Token};
 use super::{Cid, HOST_CID, VsockMetrics};
 use crate::virtio::device::Progress;
+
+mod alarms;
+mod held;
 
 /// Most connections at once. More are refused.
 pub const MAX_CONNECTIONS: usize = 1023;
@@ -65,7 +69,7 @@ pub enum Rx {
 }
 
 struct Slot {
-    connection: Connection<UnixStream>,
+    connection: Connection<HostEnd>,
     /// In `Muxer::ready`.
     queued: bool,
     /// As it stands in `Muxer::deadlines`.
@@ -77,6 +81,8 @@ struct Slot {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Alarm {
     Accept,
+    /// Before the connection's own.
+    Exchange,
     Connection(ConnectionKey),
 }
 
@@ -101,6 +107,12 @@ pub struct Muxer {
     spare: Spare,
     /// There may be clients to accept.
     accepting: bool,
+    /// The guest is to talk to nobody but us.
+    held: bool,
+    /// What it is to be asked, once it can be.
+    question: Option<Exchange>,
+    /// Where it was asked, and by when it has to answer.
+    asked: Option<ConnectionKey>,
     metrics: Arc<VsockMetrics>,
 }
 
@@ -133,6 +145,9 @@ impl Muxer {
             last_port: FIRST_CLIENT_PORT,
             spare: Spare::default(),
             accepting: true,
+            held: false,
+            question: None,
+            asked: None,
             metrics,
         })
     }
@@ -163,6 +178,8 @@ impl Muxer {
         self.replies.clear();
         self.ready.clear();
         self.deadlines.clear();
+        self.question = None;
+        self.asked = None;
         // A timer that goes off for nothing does nothing.
         self.accepting = true;
     }
@@ -172,12 +189,6 @@ impl Muxer {
         // Keys of the standard hasher come from the host's random source and differ each time.
         let random = RandomState::new().build_hasher().finish() as u32;
         self.last_port = random % FIRST_CLIENT_PORT + FIRST_CLIENT_PORT;
-    }
-
-    /// Has the device look at its sockets again at `when`.
-    pub fn wake_at(&mut self, when: Instant, now: Instant) {
-        self.deadlines.insert((when, Alarm::Accept));
-        self.arm_timer(now);
     }
 
     /// Looks at what became ready. Bounded.
@@ -197,6 +208,9 @@ impl Muxer {
             }
         }
         self.expire(now);
+        if let Some(exchange) = self.question.take() {
+            self.begin_exchange(exchange, now);
+        }
         let accepted = self.accept(now);
         self.arm_timer(now);
         if events == BATCH || accepted > 0 {
@@ -226,9 +240,18 @@ impl Muxer {
             Some(slot) if !slot.connection.is_over_for_guest() => {
                 let (metrics, spare) = (&self.metrics, &mut self.spare);
                 slot.connection.on_packet(packet, data, now, metrics, spare);
+                if self.asked == Some(key) {
+                    // What we say comes from no descriptor that would tell.
+                    let ready = Readiness {
+                        readable: true,
+                        ..Default::default()
+                    };
+                    slot.connection
+                        .on_host(ready, now, &self.metrics, &mut self.spare);
+                }
                 self.sync(key);
             }
-            None if packet.op == Some(Op::Request) => {
+            None if packet.op == Some(Op::Request) && !self.held => {
                 if let Err(error) = self.connect(packet) {
                     log::debug!("vsock: guest to host port {}: {error}", key.host_port);
                     self.refuse(packet);
@@ -319,6 +342,7 @@ impl Muxer {
         let key = self.free_key(guest_port);
         self.poller
             .modify(stream.as_raw_fd(), Token::Connection(key), false)?;
+        let stream = HostEnd::Socket(stream);
         let connection = Connection::from_host(key, self.cid, stream, self.buf_alloc(), now);
         self.insert(key, connection);
         Ok(())
@@ -337,6 +361,7 @@ impl Muxer {
         let stream = UnixStream::from(socket);
         self.poller
             .add(stream.as_raw_fd(), Token::Connection(key))?;
+        let stream = HostEnd::Socket(stream);
         let connection = Connection::from_guest(packet, self.cid, stream, self.buf_alloc())
             .map_err(io::Error::other)?;
         self.insert(key, connection);
@@ -375,7 +400,7 @@ impl Muxer {
         }
     }
 
-    fn insert(&mut self, key: ConnectionKey, connection: Connection<UnixStream>) {
+    fn insert(&mut self, key: ConnectionKey, connection: Connection<HostEnd>) {
         let slot = Slot {
             connection,
             queued: false,
@@ -390,7 +415,7 @@ impl Muxer {
     /// Accepts clients. Returns how many.
     fn accept(&mut self, now: Instant) -> usize {
         let mut accepted = 0;
-        while self.accepting && accepted < ACCEPT_BATCH {
+        while self.accepting && !self.held && accepted < ACCEPT_BATCH {
             match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
                 Ok(socket) => {
                     accepted += 1;
@@ -433,9 +458,12 @@ impl Muxer {
         let connection = &mut slot.connection;
         self.replies.extend(connection.take_rst());
         let writing = connection.wants_writable();
-        if writing != slot.writing && !connection.is_closed() {
-            let fd = connection.stream().as_raw_fd();
-            match self.poller.modify(fd, Token::Connection(key), writing) {
+        if let HostEnd::Socket(stream) = connection.stream()
+            && writing != slot.writing
+            && !connection.is_closed()
+        {
+            let token = Token::Connection(key);
+            match self.poller.modify(stream.as_raw_fd(), token, writing) {
                 Ok(()) => slot.writing = writing,
                 // Cannot happen with a descriptor that is watched. Should it, the next change tries again.
                 Err(_) => self.metrics.conn_event_fails.inc(),
@@ -471,47 +499,6 @@ impl Muxer {
         }
         if let Some(deadline) = slot.deadline {
             self.deadlines.remove(&(deadline, Alarm::Connection(key)));
-        }
-    }
-
-    /// Ends what did not happen by `now`.
-    pub fn expire(&mut self, now: Instant) {
-        while let Some(&(deadline, alarm)) = self.deadlines.first() {
-            if deadline > now {
-                break;
-            }
-            self.deadlines.pop_first();
-            match alarm {
-                Alarm::Accept => self.accepting = true,
-                Alarm::Connection(key) => {
-                    if let Some(slot) = self.connections.get_mut(&key) {
-                        slot.deadline = None;
-                        slot.connection.expire(now, &self.metrics);
-                        self.sync(key);
-                    }
-                }
-            }
-        }
-    }
-
-    fn arm_timer(&mut self, now: Instant) {
-        let Some(&(first, _)) = self.deadlines.first() else {
-            return;
-        };
-        // A timer that goes off early does no harm, and is not worth a system call.
-        if self.armed.is_some_and(|armed| armed <= first) {
-            return;
-        }
-        // 0 would disarm it.
-        let wait = first
-            .saturating_duration_since(now)
-            .max(Duration::from_micros(1));
-        match self.timer.reset(wait, None) {
-            Ok(()) => self.armed = Some(first),
-            Err(error) => {
-                self.metrics.muxer_event_fails.inc();
-                guest_warn!("vsock: timer: {error}");
-            }
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The device from the driver's side, with real sockets of the host.
 
+mod asked;
 mod driver;
 mod hostile;
 mod model;

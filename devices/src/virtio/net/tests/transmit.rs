@@ -254,3 +254,29 @@ fn a_broken_ring_ends_the_work_until_a_reset() {
         assert_eq!(bench.sent(), std::slice::from_ref(&good));
     }
 }
+
+#[test]
+fn a_guest_that_is_held_neither_sends_nor_receives() {
+    let mut bench = Bench::new(VERSION_1);
+    let (_, buffers) = bench.offer(&[2000]);
+    bench.net.hold(true);
+    let dropped = bench.send(&with_header(&frame(100, 1)));
+    bench.arrive(&frame(200, 2));
+    assert_eq!(bench.kick(TX), Progress::Done);
+    assert_eq!(bench.tap_event(), Progress::Done);
+    // What it sends is taken, so that nothing of it waits for the end of the hold.
+    assert_eq!(bench.driver.queues[TX].used(), [(dropped, 0)]);
+    assert_eq!(bench.driver.queues[RX].used(), []);
+    bench.send(&with_header(&frame(100, 3)));
+    bench.net.hold(false);
+    assert_eq!(bench.kick(TX), Progress::Done);
+    assert!(bench.sent().is_empty());
+    // What came for it has waited.
+    assert_eq!(bench.tap_event(), Progress::Done);
+    let used = bench.driver.queues[RX].used();
+    assert_eq!(used.len(), 1);
+    assert_eq!(bench.received(&buffers, used[0].1)[HEADER..], frame(200, 2));
+    bench.send(&with_header(&frame(100, 4)));
+    assert_eq!(bench.kick(TX), Progress::Done);
+    assert_eq!(bench.sent(), [with_header(&frame(100, 4))]);
+}

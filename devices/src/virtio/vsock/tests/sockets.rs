@@ -360,7 +360,7 @@ fn a_host_that_leaves_is_told_and_a_silent_guest_is_left() {
 }
 
 /// Waits, for so many milliseconds, as the event loop does. Returns how many descriptors have something to do.
-fn edges(rig: &Rig) -> impl Fn(i32) -> usize + use<> {
+pub fn edges(rig: &Rig) -> impl Fn(i32) -> usize + use<> {
     let epoll = Epoll::new().unwrap();
     let source = rig.device.sources()[0];
     let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
