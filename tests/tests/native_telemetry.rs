@@ -75,19 +75,27 @@ fn metrics_are_told_in_open_metrics() {
     let (status, text) = api.request("GET", "/metrics", "");
     assert_eq!(status, 200);
     assert!(text.ends_with("# EOF\n"), "{text}");
-    let mut types = std::collections::BTreeSet::new();
+    let mut types = std::collections::BTreeMap::new();
     for line in text.lines() {
         if let Some(kind) = line.strip_prefix("# TYPE ") {
             let (family, kind) = kind.split_once(' ').expect("a name and a type");
-            assert_eq!(kind, "counter", "{line}");
-            assert!(types.insert(family.to_owned()), "{family} is there twice");
+            assert!(["counter", "gauge"].contains(&kind), "{line}");
+            let before = types.insert(family, kind);
+            assert!(before.is_none(), "{family} is there twice");
+        } else if let Some(unit) = line.strip_prefix("# UNIT ") {
+            let (family, unit) = unit.split_once(' ').expect("a name and a unit");
+            assert!(types.contains_key(family), "{line}: its type is missing");
+            assert!(family.ends_with(&format!("_{unit}")), "{line}");
         } else if line != "# EOF" {
             let (name, rest) = line.split_once('{').expect("labels");
-            let family = name.strip_suffix("_total").expect("a counter's sample");
-            assert!(types.contains(family), "{line}: its type is missing");
+            let (family, kind) = match name.strip_suffix("_total") {
+                Some(family) => (family, "counter"),
+                None => (name, "gauge"),
+            };
+            assert_eq!(types.get(family), Some(&kind), "{line}");
             let (labels, value) = rest.rsplit_once("} ").expect("a value");
             assert!(labels.starts_with("id=\"anonymous-instance\""), "{line}");
-            value.parse::<u64>().expect("a counter is a number");
+            value.parse::<u64>().expect("a value is a number");
         }
     }
     for id in ["a", "b"] {
