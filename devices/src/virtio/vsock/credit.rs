@@ -111,10 +111,12 @@ impl ReceiveCredit {
         self.forwarded += len;
     }
 
-    /// Whether to tell the guest of new credit now: it thinks that less than half of the buffer is free, and more is.
+    /// Whether to tell the guest of new credit now: it thinks that less than half of the buffer is free, and so much more
+    /// is that it need not send in small pieces. What it has sent leaves the buffer in the end, so this comes.
     pub fn update_due(&self) -> bool {
         let thought_used = (self.received - self.told).0;
-        thought_used > self.buf_alloc / 2 && self.forwarded != self.told
+        let news = (self.forwarded - self.told).0;
+        thought_used > self.buf_alloc / 2 && news >= self.buf_alloc / 4
     }
 
     /// `buf_alloc` and `fwd_cnt` for a packet to the guest, which thereby knows them.
