@@ -21,6 +21,7 @@ pub mod jail;
 pub mod linux;
 pub mod metal;
 pub mod programs;
+pub mod sparse;
 pub mod suite;
 pub mod tap;
 pub mod vmm;

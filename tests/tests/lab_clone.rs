@@ -1,18 +1,16 @@
 //! Linux guests that are saved, loaded and cloned.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
 
 use lepton_agent::client::{ExitStatus, Output};
 use lepton_tests::heir::{Heir, clone, unique_things};
 use lepton_tests::linux::{self, Linux};
+use lepton_tests::sparse::lay_over;
 use lepton_tests::suite::{self, Need, Order};
 use lepton_tests::tap::Tap;
 use lepton_tests::{PATIENCE, Vmm, test};
-use rustix::fs::{SeekFrom, seek};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -81,20 +79,6 @@ fn uptime(guest: &Linux) -> f64 {
 #[track_caller]
 fn check_log(guest: &Linux) {
     guest.sh("! dmesg | grep -E 'stall|lockup|BUG:|WARNING:|skew'");
-}
-
-/// Lays the data of `changes` over `base`, as far as it has some.
-fn lay_over(base: &Path, changes: &Path) {
-    let from = File::open(changes).expect("changes");
-    let to = OpenOptions::new().write(true).open(base).expect("a base");
-    let mut at = 0;
-    while let Ok(start) = seek(&from, SeekFrom::Data(at)) {
-        let end = seek(&from, SeekFrom::Hole(start)).expect("an end");
-        let mut bytes = vec![0; (end - start) as usize];
-        from.read_exact_at(&mut bytes, start).expect("data");
-        to.write_all_at(&bytes, start).expect("room");
-        at = end;
-    }
 }
 
 /// Where a machine is saved.

@@ -14,8 +14,8 @@ use lepton_identity::{self as told, Answer, Hex, Hostname, Mac, Network, ParseEr
 use rustix::time::ClockId;
 use serde::{Deserialize, Serialize};
 
+use crate::clock::time_on;
 use crate::controller::{Mailbox, Message};
-use crate::machine::boot_timer::time_on;
 use crate::machine::state::MachineState;
 
 /// Longest time that a guest may be given.

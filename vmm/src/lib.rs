@@ -5,6 +5,7 @@
 
 pub mod arch;
 pub mod cli;
+pub mod clock;
 pub mod clone;
 pub mod config;
 pub mod console;

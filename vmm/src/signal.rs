@@ -12,8 +12,8 @@ use rustix::time::ClockId;
 use syscalls::Sysno;
 use vmm_sys_util::signal::{create_sigset, register_signal_handler};
 
+use crate::clock::time_on;
 use crate::exit::ExitCode;
-use crate::machine::boot_timer::time_on;
 use crate::{log, metrics, vcpu};
 
 /// Faults and limits that end the process at once.

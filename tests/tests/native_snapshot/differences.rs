@@ -1,7 +1,6 @@
 //! Snapshots of what has changed.
 
-use std::fs::{self, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -9,21 +8,7 @@ use serde_json::json;
 
 use crate::place::{Place, check_counts, configure, let_run, load, paused};
 use lepton_tests::Vmm;
-
-/// Lays the data of `changes` over `base`, as far as it has some.
-fn lay_over(base: &Path, changes: &Path) {
-    use rustix::fs::{SeekFrom, seek};
-    let from = fs::File::open(changes).expect("changes");
-    let to = OpenOptions::new().write(true).open(base).expect("a base");
-    let mut at = 0;
-    while let Ok(start) = seek(&from, SeekFrom::Data(at)) {
-        let end = seek(&from, SeekFrom::Hole(start)).expect("an end");
-        let mut bytes = vec![0; (end - start) as usize];
-        from.read_exact_at(&mut bytes, start).expect("data");
-        to.write_all_at(&bytes, start).expect("room");
-        at = end;
-    }
-}
+use lepton_tests::sparse::lay_over;
 
 /// Bytes of a file that are not in a hole.
 fn stored(path: &Path) -> u64 {

@@ -20,7 +20,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::layout;
-use crate::machine::boot_timer::time_on;
+use crate::clock::time_on;
 use crate::vcpu::state::Saveable;
 
 const API_VERSION: i32 = 12;

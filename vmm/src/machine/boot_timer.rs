@@ -2,20 +2,12 @@
 
 use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
+use rustix::time::ClockId;
+
+use crate::clock::time_on;
 
 /// What the guest writes.
 const BOOTED: u8 = 123;
-
-/// Time on `clock`.
-pub fn time_on(clock: ClockId) -> Duration {
-    let time = clock_gettime(clock);
-    // Both parts are never negative on these clocks.
-    Duration::new(
-        time.tv_sec.unsigned_abs(),
-        u32::try_from(time.tv_nsec).unwrap_or(0),
-    )
-}
 
 /// Counts from InstanceStart.
 pub struct BootTimer {
