@@ -13,6 +13,9 @@ mod compile;
 mod optimize;
 
 fn main() -> Result<(), Box<dyn Error>> {
+    // The relocations of a position independent program as a bitmap: 85 KiB less of the program. GNU ld knows it from
+    // 2.38 on, lld from 15 on, and glibc from 2.36 on.
+    println!("cargo::rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
     let is_debug = env::var_os("CARGO_CFG_DEBUG_ASSERTIONS").is_some();
     let lists = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("../resources/seccomp/x86_64");
     let read = |name: &str| -> Result<Value, Box<dyn Error>> {

@@ -72,6 +72,9 @@ pub const VMM_LOG: &str = "vmm.log";
 
 impl Running {
     /// Starts `command`, which may take no longer than `patience` for all that is waited for. Messages go to `folder`.
+    ///
+    /// The command must name nothing that makes the standard library fork, such as a current folder: a copy of our own
+    /// page tables would be counted as the VMM's start.
     pub fn spawn(
         command: &mut Command,
         folder: &Path,
@@ -82,8 +85,7 @@ impl Running {
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(File::create(&errors)?)
-            .current_dir(folder);
+            .stderr(File::create(&errors)?);
         let started = Instant::now();
         let mut child = command
             .spawn()

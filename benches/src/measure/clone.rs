@@ -119,7 +119,9 @@ impl Vmm {
         let adopt = place.folder().join("adopt.sock");
         let mut command = Command::new(&side.program);
         command
-            .args(["--level", "Error", "--log-path", VMM_LOG, "--api-sock"])
+            .args(["--level", "Error", "--log-path"])
+            .arg(place.folder().join(VMM_LOG))
+            .arg("--api-sock")
             .arg(&socket)
             .arg("--adopt")
             .arg(&adopt);

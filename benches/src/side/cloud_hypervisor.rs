@@ -20,9 +20,9 @@ impl CloudHypervisor {
         Self(program.to_owned())
     }
 
-    fn command(&self) -> Command {
+    fn command(&self, folder: &Path) -> Command {
         let mut command = Command::new(&self.0);
-        command.args(["--log-file", VMM_LOG]);
+        command.arg("--log-file").arg(folder.join(VMM_LOG));
         command
     }
 }
@@ -37,8 +37,8 @@ fn is_async(engine: Engine) -> bool {
 }
 
 impl Driver for CloudHypervisor {
-    fn boots(&self, machine: &Machine, _folder: &Path) -> Result<Command, Failure> {
-        let mut command = self.command();
+    fn boots(&self, machine: &Machine, folder: &Path) -> Result<Command, Failure> {
+        let mut command = self.command(folder);
         command.arg("--kernel").arg(&machine.kernel);
         command.args(["--cmdline", &machine.command_line_with_root()]);
         command.args(["--cpus", &format!("boot={}", machine.vcpus)]);
@@ -65,13 +65,8 @@ impl Driver for CloudHypervisor {
         Ok(command)
     }
 
-    fn serves(
-        &self,
-        socket: &Path,
-        _machine: &Machine,
-        _folder: &Path,
-    ) -> Result<Command, Failure> {
-        let mut command = self.command();
+    fn serves(&self, socket: &Path, _machine: &Machine, folder: &Path) -> Result<Command, Failure> {
+        let mut command = self.command(folder);
         command.arg("--api-socket").arg(socket);
         Ok(command)
     }

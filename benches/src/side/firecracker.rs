@@ -22,9 +22,10 @@ impl Firecracker {
 
     fn command(&self, folder: &Path) -> Result<Command, Failure> {
         // Firecracker wants the file to be there.
-        std::fs::write(folder.join(VMM_LOG), "")?;
+        let log = folder.join(VMM_LOG);
+        std::fs::write(&log, "")?;
         let mut command = Command::new(&self.0);
-        command.args(["--level", "Error", "--log-path", VMM_LOG]);
+        command.args(["--level", "Error", "--log-path"]).arg(log);
         Ok(command)
     }
 }
