@@ -13,7 +13,7 @@ use lepton_benches::measure::{Context, boot::Linux};
 use lepton_benches::report;
 use lepton_benches::results::{Absent, Program, Results, VERSION};
 use lepton_benches::schedule;
-use lepton_benches::side::{self, IrqChip, Kind, Peer, Side, parse_peer};
+use lepton_benches::side::{self, CALLS, IrqChip, Kind, Peer, Side, parse_peer};
 use lepton_benches::text;
 
 /// Measures lepton-vmm and its peers in turn.
@@ -109,28 +109,36 @@ fn sides(arguments: &Arguments) -> Result<(Vec<Side>, Vec<Absent>), String> {
         }
     }
     let here = std::env::current_exe().map_err(|error| error.to_string())?;
-    let floor = here.with_file_name("lepton-floor");
-    if floor.is_file() {
+    let mut beside = |side: &str, program: &str| {
+        let path = here.with_file_name(program);
+        if path.is_file() {
+            return Some(path);
+        }
+        let reason = format!("there is no program {}", path.display());
+        eprintln!("{side} is left out: {reason}");
+        let side = side.to_owned();
+        absent.push(Absent { side, reason });
+        None
+    };
+    if let Some(floor) = beside("floor", "lepton-floor") {
         for irqchip in [IrqChip::Split, IrqChip::Full] {
             sides.push(Side::floor(floor.clone(), irqchip));
         }
-    } else {
-        let reason = format!("there is no program {}", floor.display());
-        eprintln!("the bare KVM program is left out: {reason}");
-        let side = "floor".to_owned();
-        absent.push(Absent { side, reason });
+    }
+    if let Some(calls) = beside(CALLS, "lepton-calls") {
+        sides.push(Side::calls(calls));
     }
     Ok((sides, absent))
 }
 
 fn describe(side: &Side) -> Program {
-    let version = match side.is_floor() {
-        true => "of this harness".to_owned(),
-        false => side::version(&side.program).unwrap_or_else(|reason| reason),
+    let version = match side.is_vmm() {
+        true => side::version(&side.program).unwrap_or_else(|reason| reason),
+        false => "of this harness".to_owned(),
     };
     Program {
         side: side.id.to_owned(),
-        vmm: !side.is_floor(),
+        vmm: side.is_vmm(),
         path: side.program.display().to_string(),
         version,
         sha256: host::sha256(&side.program),
@@ -143,7 +151,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode, String> {
     let began = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
     let host = Host::describe();
     let (sides, absent) = sides(arguments)?;
-    let vmms = sides.iter().filter(|side| !side.is_floor()).count();
+    let vmms = sides.iter().filter(|side| side.is_vmm()).count();
     let all_there = vmms == 1 + arguments.peer.len();
     let programs = sides.iter().map(describe).collect();
     let context = Context {

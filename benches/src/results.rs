@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::bars::Verdict;
 use crate::catalogue::{Better, FigureKind};
 use crate::host::Host;
-use crate::side::OURS;
+use crate::side::{CALLS, OURS};
 use crate::stats::{Ratio, Summary};
 
 /// The version of this form.
@@ -184,11 +184,19 @@ impl Figure {
         &mut self.cells[index]
     }
 
+    fn of(&self, side: &str, at: Option<f64>) -> Option<&Cell> {
+        let mut cells = self.cells.iter();
+        cells.find(|cell| cell.side == side && cell.at == at)
+    }
+
     /// Our cell.
     pub fn ours(&self, at: Option<f64>) -> Option<&Cell> {
-        self.cells
-            .iter()
-            .find(|cell| cell.side == OURS && cell.at == at)
+        self.of(OURS, at)
+    }
+
+    /// What the system calls alone have against a side: what no VMM that makes the same calls can pass.
+    pub fn calls_against(&self, side: &str, at: Option<f64>) -> Option<Ratio> {
+        Ratio::of(pairs(self.of(CALLS, at)?, self.of(side, at)?))
     }
 
     /// Computes what follows from the values.

@@ -71,9 +71,14 @@ fn write(to: &mut String, results: &Results) -> std::fmt::Result {
             .unwrap_or_default();
         let measured = bar.measured();
         let figure = format!("{}{at} / {}", bar.figure, bar.against);
+        let calls = results
+            .figure(&bar.figure)
+            .and_then(|figure| figure.calls_against(&bar.against, bar.at))
+            .map(|ratio| format!("; the calls alone {}", number(ratio.median)))
+            .unwrap_or_default();
         writeln!(
             to,
-            "  {figure:<42} bar {:>5}  measured {measured:<26} {outcome}",
+            "  {figure:<42} bar {:>5}  measured {measured:<26} {outcome}{calls}",
             number(bar.bound)
         )?;
     }

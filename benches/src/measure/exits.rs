@@ -6,7 +6,7 @@ use super::{Case, Context, Place, Reading};
 use crate::guest::Guest;
 use crate::machine::Machine;
 use crate::process::Failure;
-use crate::side::Side;
+use crate::side::{Means, Side};
 
 /// Figures by the probe's mode.
 const MODES: [(&str, &[&str]); 4] = [
@@ -21,7 +21,9 @@ const COUNT: u32 = 20_000;
 pub fn cases(context: &Context) -> Vec<Case<'_>> {
     let mut all = Vec::new();
     for (mode, figures) in MODES {
-        all.extend(context.sides.iter().map(|side| Case {
+        let sides = context.sides.iter();
+        let sides = sides.filter(|side| !matches!(side.means, Means::Calls));
+        all.extend(sides.map(|side| Case {
             side,
             at: None,
             figures,
@@ -37,7 +39,7 @@ fn exits(
     mode: &str,
     figures: &[&'static str],
 ) -> Result<Vec<Reading>, Failure> {
-    if side.is_floor() && mode == "kick" {
+    if !side.is_vmm() && mode == "kick" {
         let reason = "the bare loop has no ioeventfd: see the MMIO write".to_owned();
         return Err(Failure::NotOffered(reason));
     }

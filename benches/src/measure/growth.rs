@@ -67,7 +67,7 @@ pub fn cases(context: &Context) -> Vec<Case<'_>> {
                     figures: axis.figures,
                     run: Box::new(move || run(context, driver.as_ref(), axis, *step)),
                 }),
-                Means::Floor(_) => None,
+                Means::Floor(_) | Means::Calls => None,
             }));
         }
     }

@@ -87,7 +87,7 @@ pub struct Case<'a> {
     pub run: Box<dyn Fn() -> Result<Vec<Reading>, Failure> + 'a>,
 }
 
-/// One case for each load and VMM: what a second and what an operation give.
+/// One case for each load and VMM, and for the system calls alone: what a second and what an operation give.
 fn for_each_load<'a, L>(
     context: &'a Context,
     loads: &'a [L],
@@ -96,8 +96,9 @@ fn for_each_load<'a, L>(
 ) -> Vec<Case<'a>> {
     let mut all = Vec::new();
     for load in loads {
-        let vmms = context.sides.iter().filter(|side| !side.is_floor());
-        all.extend(vmms.map(|side| Case {
+        let sides = context.sides.iter();
+        let sides = sides.filter(|side| !matches!(side.means, Means::Floor(_)));
+        all.extend(sides.map(|side| Case {
             side,
             at: None,
             figures: figures(load),
@@ -198,7 +199,7 @@ fn for_each_side<'a>(
             figures,
             run: Box::new(move || vmm(side, driver.as_ref())),
         }),
-        Means::Floor(_) => None,
+        Means::Floor(_) | Means::Calls => None,
     };
     context.sides.iter().filter_map(of).collect()
 }
@@ -216,7 +217,7 @@ fn for_each_floor<'a>(
             figures,
             run: Box::new(move || floor(side, irqchip)),
         }),
-        Means::Vmm(_) => None,
+        Means::Vmm(_) | Means::Calls => None,
     };
     context.sides.iter().filter_map(of).collect()
 }

@@ -1,5 +1,6 @@
 //! The probe guest: started on any side, and what it says.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
@@ -11,7 +12,7 @@ use serde::Deserialize;
 
 use super::{Context, Place};
 use crate::guest::Guest;
-use crate::machine::Machine;
+use crate::machine::{Engine, Machine};
 use crate::process::{Failure, Running};
 use crate::side::{IrqChip, Means, Side};
 
@@ -128,6 +129,13 @@ pub fn run(
             with(&mut machine)?;
             place.boots(driver.as_ref(), &machine)?
         }
+        Means::Calls => {
+            let mut machine = place.machine();
+            with(&mut machine)?;
+            let mut command = Command::new(&side.program);
+            command.arg(line).args(device(&machine)?);
+            Running::spawn(&mut command, place.folder(), context.patience)?
+        }
         Means::Floor(IrqChip::Split) => {
             let mut command = Command::new(&side.program);
             command.arg("probe").arg(kernel).arg(line);
@@ -161,6 +169,28 @@ pub fn run(
         processor,
         first_thread,
     })
+}
+
+/// The one device of `machine`, as the program of the system calls takes it: its name on the host, and the engine.
+fn device(machine: &Machine) -> Result<[OsString; 2], Failure> {
+    let drive = machine
+        .drives
+        .first()
+        .map(|drive| (drive.path.clone().into(), drive.engine));
+    let tap = machine.taps.first().map(|tap| (tap.into(), Engine::Sync));
+    let vsock = machine
+        .vsock
+        .as_ref()
+        .map(|socket| (socket.into(), Engine::Sync));
+    let (name, engine): (OsString, Engine) = drive
+        .or(tap)
+        .or(vsock)
+        .ok_or_else(|| Failure::because("a machine without devices makes no calls"))?;
+    let engine = match engine {
+        Engine::Sync => "sync",
+        Engine::Async => "async",
+    };
+    Ok([name, engine.into()])
 }
 
 /// The probe guest.

@@ -47,7 +47,7 @@ pub fn cases(context: &Context) -> Vec<Case<'_>> {
             figures: &[PROGRAM],
             run: Box::new(|| size_of_file(&side.program)),
         }),
-        Means::Floor(_) => None,
+        Means::Floor(_) | Means::Calls => None,
     }));
     all
 }

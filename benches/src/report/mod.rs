@@ -91,7 +91,11 @@ pub fn html(results: &Results) -> Result<String, ReportError> {
         took: humantime::format_duration(std::time::Duration::from_secs(results.seconds as u64))
             .to_string(),
         overview: plot::overview(&results.figures)?,
-        bars: results.bars.iter().map(bar_row).collect(),
+        bars: results
+            .bars
+            .iter()
+            .map(|bar| bar_row(results, bar))
+            .collect(),
         benchmarks,
     };
     Ok(page.render()?)
@@ -139,7 +143,7 @@ pub fn ratio_text(ratio: &Ratio) -> String {
     }
 }
 
-fn bar_row(verdict: &Verdict) -> BarRow {
+fn bar_row(results: &Results, verdict: &Verdict) -> BarRow {
     let (outcome, class) = match verdict.outcome {
         Outcome::Held => ("held", "held"),
         Outcome::Missed => ("missed", "missed"),
@@ -150,11 +154,15 @@ fn bar_row(verdict: &Verdict) -> BarRow {
         Better::Higher => "\u{2265}",
     };
     let at = verdict.at.map(|at| format!(" at {}", number(at)));
+    let calls = results
+        .figure(&verdict.figure)
+        .and_then(|figure| figure.calls_against(&verdict.against, verdict.at))
+        .map(|ratio| format!("; the calls alone {}", number(ratio.median)));
     BarRow {
         title: verdict.title.clone() + &at.unwrap_or_default(),
         against: verdict.against.clone(),
         wanted: format!("{sign} {}", number(verdict.bound)),
-        measured: verdict.measured(),
+        measured: verdict.measured() + &calls.unwrap_or_default(),
         outcome,
         class,
     }

@@ -1,4 +1,4 @@
-//! What is measured: ours, the peers, and the bare KVM program.
+//! What is measured: ours, the peers, the bare KVM program, and the system calls of devices alone.
 //!
 //! Each VMM has a [`Driver`], which speaks its own public command line and API.
 
@@ -24,6 +24,8 @@ pub use qemu::Qemu;
 
 /// The id of our side in results.
 pub const OURS: &str = "lepton";
+/// The id of the system calls alone.
+pub const CALLS: &str = "calls";
 
 /// How a VMM is asked for things.
 pub trait Driver {
@@ -105,6 +107,8 @@ pub enum Means {
     Vmm(Box<dyn Driver>),
     /// The bare KVM program.
     Floor(IrqChip),
+    /// The system calls of a device under load, without a machine.
+    Calls,
 }
 
 /// One of those that are compared.
@@ -141,6 +145,15 @@ impl Side {
         }
     }
 
+    /// The system calls alone.
+    pub fn calls(program: PathBuf) -> Self {
+        Self {
+            id: CALLS,
+            program,
+            means: Means::Calls,
+        }
+    }
+
     /// A peer; an error, one line, if its program does not run.
     pub fn peer(peer: &Peer) -> Result<Self, String> {
         let program = in_path(&peer.program)?;
@@ -157,9 +170,9 @@ impl Side {
         })
     }
 
-    /// Whether it is the bare program.
-    pub fn is_floor(&self) -> bool {
-        matches!(self.means, Means::Floor(_))
+    /// Whether it is a VMM, and no program of the harness's own.
+    pub fn is_vmm(&self) -> bool {
+        matches!(self.means, Means::Vmm(_))
     }
 }
 
