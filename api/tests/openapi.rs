@@ -322,7 +322,7 @@ fn request_types() -> Vec<Checked> {
         ),
         checked::<CloneMachine>(
             "CloneParams",
-            json!({"children": [child], "resume_children": false}),
+            json!({"children": [child], "resume_children": false, "pool": "/p", "timeout_ms": 1}),
         ),
         checked::<CloneChild>("CloneChild", child.clone()),
         checked::<CloneOverlay>("CloneOverlay", place.clone()),

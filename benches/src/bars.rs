@@ -41,6 +41,8 @@ const BARS: &[Bar] = &[
     bar("density.rate", "firecracker", 2.0),
     bar("density.idle-cpu", ITSELF, 1.0),
     bar("clone.first-instruction", ITSELF, 1.0),
+    bar("clone.pool-warm", ITSELF, 1.0),
+    bar("clone.pool-cold", ITSELF, 5.0),
     bar("clone.pause-128m", ITSELF, 1.0),
     bar("clone.pause-1g", ITSELF, 5.0),
     bar("clone.hundred", ITSELF, 150.0),

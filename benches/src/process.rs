@@ -210,21 +210,30 @@ impl Running {
         Ok(&self.console)
     }
 
-    /// Connects to a socket, as soon as it listens. Asks again and again: being told by the kernel would be slower than
-    /// what is measured.
+    /// Connects to a socket, as soon as it listens.
     pub fn connect(&self, socket: &Path) -> Result<(UnixStream, Instant), Failure> {
+        self.wait_for("its API socket", || UnixStream::connect(socket).ok())
+            .map(|stream| (stream, Instant::now()))
+    }
+
+    /// Asks again and again until there is something: being told by the kernel would be slower than what is measured.
+    pub fn wait_for<T>(
+        &self,
+        what: &str,
+        mut ask: impl FnMut() -> Option<T>,
+    ) -> Result<T, Failure> {
         loop {
-            if let Ok(stream) = UnixStream::connect(socket) {
-                return Ok((stream, Instant::now()));
+            if let Some(found) = ask() {
+                return Ok(found);
             }
             if interrupt::is_pending() {
                 return Err(Failure::Interrupted);
             }
             if Instant::now() > self.deadline {
-                return Err(self.failure("timeout: its API socket does not listen"));
+                return Err(self.failure(format!("timeout: {what} is not there")));
             }
             if self.has_ended()? {
-                return Err(self.failure(format!("{} ended before its API listened", self.name)));
+                return Err(self.failure(format!("{} ended before {what} was there", self.name)));
             }
             std::thread::yield_now();
         }

@@ -60,6 +60,13 @@ impl PacketSocket {
         Ok(PacketSocket(socket))
     }
 
+    /// A connected socket that another process has handed over. Nothing waits on it either.
+    pub fn received(socket: OwnedFd) -> io::Result<Self> {
+        let flags = rustix::fs::fcntl_getfl(&socket)?;
+        rustix::fs::fcntl_setfl(&socket, flags | rustix::fs::OFlags::NONBLOCK)?;
+        Ok(PacketSocket(socket))
+    }
+
     /// Sends one message, whole or not at all. `bytes` is not empty, and `files` are no more than [`MAX_FILES`].
     pub fn send(&self, bytes: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<()> {
         let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
@@ -120,6 +127,12 @@ impl AsRawFd for PacketSocket {
     }
 }
 
+impl From<PacketSocket> for OwnedFd {
+    fn from(socket: PacketSocket) -> Self {
+        socket.0
+    }
+}
+
 impl AsFd for PacketSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
@@ -145,6 +158,12 @@ impl PacketListener {
             Err(error) if error == rustix::io::Errno::AGAIN => Ok(None),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+impl AsFd for PacketListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

@@ -17,7 +17,7 @@ const MAX_ID: usize = 64;
 /// Starts lepton-vmm in a jail: a root directory of its own, no privileges, limited resources.
 ///
 /// As root, the VMM becomes the user and group given. As anybody else, it stays who it is, in namespaces of its own.
-#[derive(Debug, Parser)]
+#[derive(Debug, Clone, Parser)]
 #[command(name = "lepton-jailer", version, disable_help_subcommand = true)]
 pub struct Cli {
     /// The machine's id: 1 to 64 letters, digits and hyphens.
@@ -84,12 +84,25 @@ pub struct Cli {
     #[arg(long, value_name = "NAME")]
     pub tap: Vec<String>,
 
+    /// Jail VMMs ahead of time, with the number of each behind --id, and give them by a socket here to those who clone
+    /// machines (PUT /clone with this pool). The socket belongs to --uid. An addition.
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["daemonize", "tap", "tap_fd"])]
+    pub pool: Option<PathBuf>,
+
+    /// VMMs that wait in the pool, 0 to 1000 [default: 4]. With 0, each is started when it is asked for.
+    #[arg(long, value_name = "NUMBER", requires = "pool", value_parser = clap::value_parser!(u16).range(..=1000))]
+    pub pool_size: Option<u16>,
+
+    /// VMMs that the pool starts at once, 1 to 1000 [default: 2].
+    #[arg(long, value_name = "NUMBER", requires = "pool", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub pool_refill: Option<u16>,
+
     /// Arguments for the VMM.
     #[arg(last = true, value_name = "ARGUMENTS")]
     pub vmm: Vec<OsString>,
 }
 
-fn parse_id(id: &str) -> Result<String, String> {
+pub fn parse_id(id: &str) -> Result<String, String> {
     let fits = (1..=MAX_ID).contains(&id.len());
     if fits && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
         return Ok(id.to_owned());

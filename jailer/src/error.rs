@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::io;
 use std::path::PathBuf;
 
+use lepton_hostio::listener::BindError;
 use lepton_hostio::tap::TapError;
 
 use crate::cgroup::CgroupError;
@@ -30,6 +31,18 @@ pub enum JailError {
     /// Joining a network takes privileges in it.
     #[error("--netns needs root; without, hand the VMM a tap: --tap NAME")]
     NetnsWithoutRoot,
+    /// There is no room behind the id for a number.
+    #[error("--pool: --id {0}: too long to have a number behind it")]
+    PoolId(String),
+    /// The pool's socket cannot be made.
+    #[error("--pool {0}")]
+    PoolSocket(#[source] BindError),
+    /// The pool cannot go on.
+    #[error("--pool: {0}")]
+    Pool(#[source] io::Error),
+    /// No VMM starts.
+    #[error("--pool: {0} VMMs have ended before they were ready, one after the other")]
+    PoolFails(u32),
     /// There is no place for a user's jails.
     #[error("XDG_RUNTIME_DIR is not set; name a folder of yours: --chroot-base-dir PATH")]
     NoBase,

@@ -13,8 +13,8 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid, chownat, fchmod, fchown, fstat,
-    fstatfs, mkdirat, mknodat, openat2, unlinkat,
+    AtFlags, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid, chownat, fchmod, fchown,
+    fstat, fstatfs, mkdirat, mknodat, openat2, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -216,6 +216,15 @@ impl Folder {
         fchmod(&*self.fd, Mode::RWXU).map_err(|e| call("fchmod", e))
     }
 
+    /// Removes the names of all that is in it but of folders.
+    pub fn remove_files(&self) -> io::Result<()> {
+        for entry in Dir::read_from(&*self.fd)? {
+            // A folder is refused. What is gone is gone.
+            let _ = unlinkat(&*self.fd, entry?.file_name(), AtFlags::empty());
+        }
+        Ok(())
+    }
+
     /// The type of the file system that it is on (statfs(2)).
     pub fn file_system(&self) -> Result<i64, FolderError> {
         let found =
@@ -254,6 +263,12 @@ impl Folder {
             call,
             source,
         }
+    }
+}
+
+impl AsRawFd for Folder {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
     }
 }
 

@@ -18,7 +18,7 @@ use crate::cgroup::Group;
 use crate::clock::Clock;
 use crate::error::JailError;
 use crate::folder::Owner;
-use crate::keeper::{self, AllMade, Keeper};
+use crate::keeper::{self, AllMade, Keeper, Pooled};
 use crate::plan::{Handed, Maker, Plan};
 use crate::process::{self, HeldSignals, Side};
 use crate::report::{self, Reporter};
@@ -63,6 +63,7 @@ pub fn start(plan: Plan, clock: Clock, waiting: &mut Option<Reporter>) -> Result
         null,
         new_pid_ns,
         arguments,
+        fate,
     } = plan;
     let tree = Tree::make(
         &base,
@@ -87,10 +88,14 @@ pub fn start(plan: Plan, clock: Clock, waiting: &mut Option<Reporter>) -> Result
             arguments,
         },
     };
+    let pooled = fate.map(|fate| Pooled {
+        fate,
+        root: jail.tree.root().clone(),
+    });
     if new_pid_ns || maker == Maker::User {
-        start_child(jail, made, clock, waiting)
+        start_child(jail, made, pooled, clock, waiting)
     } else {
-        become_vmm(jail, made, clock, waiting)
+        become_vmm(jail, made, pooled, clock, waiting)
     }
 }
 
@@ -98,11 +103,12 @@ pub fn start(plan: Plan, clock: Clock, waiting: &mut Option<Reporter>) -> Result
 fn become_vmm(
     jail: Jail,
     made: AllMade,
+    pooled: Option<Pooled>,
     clock: Clock,
     waiting: &mut Option<Reporter>,
 ) -> Result<u8, JailError> {
     jail.tree.write_pid(getpid()).map_err(JailError::Pid)?;
-    let mut keeper = Keeper::leave(made).map_err(JailError::Keeper)?;
+    let mut keeper = Keeper::leave(made, pooled).map_err(JailError::Keeper)?;
     let error = jail.enter(clock, || {
         keeper.ready();
         if let Some(waiting) = waiting {
@@ -116,14 +122,15 @@ fn become_vmm(
 /// A child becomes the VMM, as the first process of its PID namespace.
 fn start_child(
     jail: Jail,
-    made: AllMade,
+    mut made: AllMade,
+    pooled: Option<Pooled>,
     clock: Clock,
     waiting: &mut Option<Reporter>,
 ) -> Result<u8, JailError> {
     let (reporter, outcome) = report::pair().map_err(JailError::Pipe)?;
     let (go, gate) =
         pipe_with(PipeFlags::CLOEXEC).map_err(|error| JailError::Pipe(error.into()))?;
-    let in_front = waiting.is_none();
+    let in_front = waiting.is_none() && pooled.is_none();
     let signals = HeldSignals::hold().map_err(JailError::Fork)?;
     let (namespaces, refused): (_, fn(io::Error) -> JailError) = match jail.plan.maker {
         Maker::Root => (libc::CLONE_NEWPID, JailError::Fork),
@@ -138,12 +145,11 @@ fn start_child(
         }
         Side::Parent(pid) => {
             drop((go, reporter));
-            let mut made = made;
             let pidfd = let_go(&jail, pid, gate)?;
             outcome.wait().map_err(JailError::Inside)?;
-            std::mem::take(&mut made.files).keep();
-            std::mem::take(&mut made.parents).keep();
             if in_front {
+                std::mem::take(&mut made.files).keep();
+                std::mem::take(&mut made.parents).keep();
                 let status = user::attend(pid, &signals);
                 keeper::remove_groups_after(&pidfd, made);
                 return Ok(status);
@@ -151,13 +157,7 @@ fn start_child(
             if let Some(mut waiting) = waiting.take() {
                 waiting.ready();
             }
-            let kept: Vec<i32> = made
-                .groups
-                .descriptors()
-                .chain([pidfd.as_raw_fd()])
-                .collect();
-            drop(keeper::detach(kept.into_iter()));
-            keeper::remove_groups_after(&pidfd, made);
+            keeper::stay_detached(made, pooled, &pidfd);
             // What was closed here must not be closed again.
             exit(0)
         }

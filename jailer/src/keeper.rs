@@ -1,19 +1,24 @@
 //! Whoever stays behind when the jailer's process becomes the VMM: removes what must not be left.
 //!
 //! If the VMM cannot be started, that is all that was made, which the process itself cannot remove any more: it has no
-//! privileges then. At the VMM's end, whatever that was, it is the VMM's control groups.
+//! privileges then. At the VMM's end, whatever that was, it is the VMM's control groups. Of a VMM that waited in a pool and
+//! has not become a machine it is the jail as well, once the VMM was killed: nobody misses it.
 
+use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::process::exit;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, PidfdFlags, WaitOptions, chdir, getpid, pidfd_open, setsid, waitpid};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitOptions, chdir, getpid, pidfd_open, pidfd_send_signal, setsid,
+    waitpid,
+};
 
-use crate::folder::Made;
+use crate::folder::{Folder, Made};
 use crate::privileges;
 use crate::process::{self, Side};
 use crate::report::{self, Outcome, Reporter};
@@ -44,6 +49,62 @@ impl AllMade {
         groups.keep();
         parents.keep();
     }
+
+    fn descriptors(&self) -> impl Iterator<Item = RawFd> {
+        let all = [&self.files, &self.groups, &self.parents];
+        all.into_iter().flat_map(Made::descriptors)
+    }
+}
+
+/// What tells whether a VMM of a pool has become a machine: the reading end of a pipe.
+pub struct Fate(File);
+
+/// Decides on that. Dropped, also by the end of its process, the VMM and its jail go.
+pub struct Decision(File);
+
+/// Both ends.
+pub fn fate() -> io::Result<(Fate, Decision)> {
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+    Ok((Fate(reader.into()), Decision(writer.into())))
+}
+
+impl Decision {
+    /// It is a machine, and from now on like any other VMM in a jail.
+    pub fn keep(mut self) {
+        // A keeper that is gone has seen the VMM's end.
+        drop(self.0.write_all(&[0]));
+    }
+}
+
+/// A VMM of a pool.
+pub struct Pooled {
+    /// What becomes of it.
+    pub fate: Fate,
+    /// Its root, in which nobody else makes files before it is a machine.
+    pub root: Folder,
+}
+
+impl Pooled {
+    fn descriptors(&self) -> [RawFd; 2] {
+        [self.fate.0.as_raw_fd(), self.root.as_raw_fd()]
+    }
+
+    /// Waits until that is decided. If the VMM has not become a machine, it and its files are gone then.
+    fn became_machine(mut self, pidfd: &OwnedFd) -> bool {
+        if matches!(self.fate.0.read(&mut [0]), Ok(1)) {
+            return true;
+        }
+        // It may have ended by itself.
+        let _ = pidfd_send_signal(pidfd, Signal::KILL);
+        while let Err(rustix::io::Errno::INTR) =
+            poll(&mut [PollFd::new(pidfd, PollFlags::IN)], None)
+        {}
+        // Its sockets and logs, without which the folders cannot go.
+        for folder in [self.root.enter(OsStr::new("run")), Ok(self.root)] {
+            drop(folder.map(|folder| folder.remove_files()));
+        }
+        false
+    }
 }
 
 /// The way from the process that becomes the VMM to its keeper.
@@ -54,7 +115,7 @@ pub struct Keeper {
 
 impl Keeper {
     /// Leaves a keeper behind for this process, which must not have joined a group yet.
-    pub fn leave(made: AllMade) -> io::Result<Self> {
+    pub fn leave(made: AllMade, pooled: Option<Pooled>) -> io::Result<Self> {
         let (reporter, outcome) = report::pair()?;
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
         let pidfd = pidfd_open(getpid(), PidfdFlags::empty())?;
@@ -62,7 +123,7 @@ impl Keeper {
             Side::Child => {
                 // Once more, so that the VMM has no child that it knows nothing of.
                 let status = match process::fork() {
-                    Ok(Side::Child) => keep(made, outcome, writer, pidfd),
+                    Ok(Side::Child) => keep(made, pooled, outcome, writer, &pidfd),
                     Ok(Side::Parent(_)) => 0,
                     Err(_) => 1,
                 };
@@ -106,26 +167,55 @@ fn wait_for(child: Pid) -> io::Result<i32> {
 }
 
 /// The keeper's life. Returns its exit status.
-fn keep(mut made: AllMade, outcome: Outcome, files_gone: OwnedFd, pidfd: OwnedFd) -> i32 {
+fn keep(
+    mut made: AllMade,
+    pooled: Option<Pooled>,
+    outcome: Outcome,
+    files_gone: OwnedFd,
+    pidfd: &OwnedFd,
+) -> i32 {
     let needed = [
         outcome.as_raw_fd(),
         files_gone.as_raw_fd(),
         pidfd.as_raw_fd(),
     ];
-    let held = [&made.files, &made.groups, &made.parents];
-    let held = held.into_iter().flat_map(Made::descriptors);
+    let of_pool = pooled.iter().flat_map(Pooled::descriptors);
     // Should that fail, there are more descriptors than needed; what has to be done can be done all the same.
-    drop(detach(needed.into_iter().chain(held)));
+    drop(detach(
+        needed.into_iter().chain(of_pool).chain(made.descriptors()),
+    ));
     match outcome.wait() {
         Ok(()) => {
-            std::mem::take(&mut made.files).keep();
-            std::mem::take(&mut made.parents).keep();
+            drop(files_gone);
+            stay(made, pooled, pidfd);
         }
-        Err(_) => drop(std::mem::take(&mut made.files)),
+        Err(_) => {
+            drop(std::mem::take(&mut made.files));
+            drop(files_gone);
+            remove_groups_after(pidfd, made);
+        }
     }
-    drop(files_gone);
-    remove_groups_after(&pidfd, made);
     0
+}
+
+/// The same, for a process that is the VMM's parent, and has seen it start.
+pub fn stay_detached(made: AllMade, pooled: Option<Pooled>, pidfd: &OwnedFd) {
+    let of_pool = pooled.iter().flat_map(Pooled::descriptors);
+    let needed = [pidfd.as_raw_fd()].into_iter().chain(of_pool);
+    drop(detach(needed.chain(made.descriptors())));
+    stay(made, pooled, pidfd);
+}
+
+/// Removes what must not be left of a VMM that runs.
+fn stay(mut made: AllMade, pooled: Option<Pooled>, pidfd: &OwnedFd) {
+    let files = std::mem::take(&mut made.files);
+    if pooled.is_none_or(|pooled| pooled.became_machine(pidfd)) {
+        files.keep();
+        std::mem::take(&mut made.parents).keep();
+    } else {
+        drop(files);
+    }
+    remove_groups_after(pidfd, made);
 }
 
 /// Waits for the end of a process, then removes its groups.

@@ -10,6 +10,7 @@ mod jail;
 mod keeper;
 mod limits;
 mod plan;
+mod pool;
 mod privileges;
 mod process;
 mod report;
@@ -57,6 +58,9 @@ fn run(cli: Cli, clock: Clock) -> Result<u8, JailError> {
     let handed = plan::inherited(cli.kvm_fd, &cli.tap_fd)?;
     let kept = handed.iter().map(|handed| handed.fd.as_raw_fd());
     process::close_all_but(FIRST_AFTER_STREAMS, kept).map_err(JailError::Inherited)?;
+    if cli.pool.is_some() {
+        return pool::run(cli, handed);
+    }
     let session = match (cli.daemonize, cli.new_pid_ns) {
         (true, _) => Some(Session::New),
         (false, true) => Some(Session::Same),

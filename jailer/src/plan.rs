@@ -14,6 +14,7 @@ use crate::cgroup::{Parent, Plan as Cgroups, Wanted};
 use crate::cli::{Cli, DEFAULT_BASE};
 use crate::error::JailError;
 use crate::folder::{Folder, Owner};
+use crate::keeper::Fate;
 use crate::limits::Limit;
 use crate::tree::Program;
 
@@ -63,6 +64,8 @@ pub struct Plan {
     pub new_pid_ns: bool,
     /// What it is told.
     pub arguments: Vec<OsString>,
+    /// For a VMM of a pool: what tells whether it has become a machine.
+    pub fate: Option<Fate>,
 }
 
 impl Plan {
@@ -107,6 +110,7 @@ impl Plan {
             null: null.map_err(JailError::Null)?,
             new_pid_ns: cli.new_pid_ns,
             arguments: cli.vmm,
+            fate: None,
         })
     }
 }
@@ -142,6 +146,8 @@ fn users_base() -> Result<PathBuf, JailError> {
 
 const KVM: &str = "--kvm-fd";
 const TAP: &str = "--tap-fd";
+/// The VMM's option for the connection over which it becomes a machine.
+pub const ADOPT: &str = "--adopt-fd";
 
 /// Takes the descriptors that the command line names, under other numbers: the old ones can be closed.
 pub fn inherited(kvm: Option<RawFd>, taps: &[RawFd]) -> Result<Vec<Handed>, JailError> {

@@ -3,7 +3,7 @@
 
 use std::ffi::{CStr, CString, c_char};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 use rustix::process::Pid;
@@ -149,6 +149,17 @@ impl HeldSignals {
             }
             Ok(signals)
         }
+    }
+
+    /// What tells by poll(2) that one waits.
+    pub fn descriptor(&self) -> io::Result<OwnedFd> {
+        // SAFETY: signalfd reads the set, which is filled.
+        let fd = unsafe { libc::signalfd(-1, &self.held, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is new, and nobody else's.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
     /// Lets them come as before.

@@ -135,10 +135,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         mailbox: mailbox.clone(),
     }));
     let (source, adopt_socket) = offers(&cli, inherited)?;
-    let adopts = source.is_some();
-    if let Some(source) = source {
-        events.add_subscriber(Box::new(Adopter::new(source, mailbox.clone())));
-    }
+    let adopter = source.map(|source| Adopter::new(source, mailbox.clone()));
     let of_vcpu = filters.clone();
     let options = Options {
         id: cli.id().to_owned(),
@@ -164,8 +161,10 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         .confine(Thread::Vmm)
         .map_err(failure(ExitCode::Failure, "seccomp"))?;
     configure(&cli, &mut controller, &mut events)?;
-    if adopts {
+    if let Some(adopter) = adopter {
         controller.expect_offers();
+        adopter.say_ready();
+        events.add_subscriber(Box::new(adopter));
     }
     let code = attend(&mut controller, &inbox, &mut events)?;
     // Requests that wait for an answer get one.

@@ -95,7 +95,7 @@ pub fn run(arguments: &BenchArguments) -> Result<u8> {
     let built = Programs::build(
         &progress,
         Profile::Release,
-        &["lepton-vmm", "lepton-benches"],
+        &["lepton-vmm", "lepton-jailer", "lepton-benches"],
     )?;
     let mut peers = arguments.peer.clone();
     if !peers

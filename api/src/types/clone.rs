@@ -12,21 +12,33 @@ use super::{DriveOverride, Identity, NetworkOverride, VsockOverride};
 pub struct CloneMachine {
     /// Who becomes a copy: all of them, or none.
     pub children: Vec<CloneChild>,
+    /// Socket of a pool (`lepton-jailer --pool`), which gives a process for each of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<PathBuf>,
     /// Let the copies run at once.
     #[serde(default = "yes")]
     pub resume_children: bool,
+    /// Milliseconds that a pool may take to give them, and that each of them may take to have its copy, beside the time
+    /// that its guest may take.
+    #[serde(default = "patience")]
+    pub timeout_ms: u64,
 }
 
 fn yes() -> bool {
     true
 }
 
+fn patience() -> u64 {
+    5000
+}
+
 /// A process that waits for a machine, and what is different in its copy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CloneChild {
-    /// Socket of a VMM that was started with `--adopt`.
-    pub adopt_socket: PathBuf,
+    /// Socket of a VMM that was started with `--adopt`. Absent with a pool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adopt_socket: Option<PathBuf>,
     /// Other taps.
     #[serde(default)]
     pub network_overrides: Vec<NetworkOverride>,

@@ -1,11 +1,14 @@
 //! Copies of a running machine. Ours only: no peer has such a request.
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use lepton_api::Client;
-use lepton_api::types::Cloned;
+use lepton_api::types::{Cloned, ClonedChild};
+use rustix::process::{Pid, PidfdFlags, Signal, geteuid, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 
 use super::{Case, Context, Place, Reading, UP, UP_IN_WORDS};
@@ -25,6 +28,16 @@ pub const FIGURES: &[FigureKind] = &[
     lower(
         ANSWER,
         "PUT /clone of one copy to its answer, 128 MiB",
+        "ms",
+    ),
+    lower(
+        POOLED,
+        "PUT /clone to the copy's first instruction, 128 MiB, the process waiting in a jail of a pool",
+        "ms",
+    ),
+    lower(
+        SPAWNED,
+        "PUT /clone to the copy's first instruction, 128 MiB, the process started and jailed meanwhile",
         "ms",
     ),
     lower(
@@ -53,6 +66,8 @@ pub const FIGURES: &[FigureKind] = &[
 ];
 
 const FIRST: &str = "clone.first-instruction";
+const POOLED: &str = "clone.pool-warm";
+const SPAWNED: &str = "clone.pool-cold";
 const ANSWER: &str = "clone.answer";
 const PAUSE_128M: &str = "clone.pause-128m";
 const PAUSE_1G: &str = "clone.pause-1g";
@@ -61,6 +76,8 @@ const DEPTH: &str = "clone.depth";
 const HUNDRED: &str = "clone.hundred";
 const MEMORY: &str = "clone.memory";
 
+/// The user and group that jailed VMMs run as.
+const NOBODY: &str = "65534";
 const DEPTHS: [u32; 3] = [1, 10, 50];
 const MANY: u32 = 100;
 
@@ -81,6 +98,10 @@ pub fn cases(context: &Context) -> Vec<Case<'_>> {
             &[FIRST, ANSWER],
             Box::new(move || first_instruction(context, side)),
         );
+        for (size, figures) in [(1, &[POOLED]), (0, &[SPAWNED])] {
+            let run = move || from_pool(context, side, size, figures[0]);
+            case(None, figures, Box::new(run));
+        }
         for (mib, figures) in [(128, &[PAUSE_128M]), (1024, &[PAUSE_1G])] {
             let run = move || pause(context, side, mib, figures[0]);
             case(None, figures, Box::new(run));
@@ -163,7 +184,11 @@ impl Vmm {
             .iter()
             .map(|child| json!({ "adopt_socket": child.adopt }))
             .collect();
-        let answer = self.put("/clone", &json!({ "children": children }))?;
+        self.clone_by(&json!({ "children": children }))
+    }
+
+    fn clone_by(&mut self, request: &Value) -> Result<Cloned, Failure> {
+        let answer = self.put("/clone", request)?;
         serde_json::from_str(&answer).map_err(|error| Failure::because(format!("/clone: {error}")))
     }
 
@@ -209,6 +234,73 @@ fn first_instruction(context: &Context, side: &Side) -> Result<Vec<Reading>, Fai
         Reading::milliseconds(FIRST, ran),
         Reading::milliseconds(ANSWER, answered),
     ])
+}
+
+/// A copy that was started by others. Dropped, it ends.
+struct Copy(OwnedFd);
+
+impl Copy {
+    fn of(child: &ClonedChild) -> Result<Self, Failure> {
+        let pid = Pid::from_raw(child.pid.cast_signed());
+        let pid = pid.ok_or_else(|| Failure::because("/clone: a copy's process id is 0"))?;
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from)?;
+        Ok(Copy(pidfd))
+    }
+}
+
+impl Drop for Copy {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = pidfd_send_signal(&self.0, Signal::KILL);
+    }
+}
+
+/// A copy in a process of a pool in which as many wait.
+fn from_pool(
+    context: &Context,
+    side: &Side,
+    size: u32,
+    figure: &'static str,
+) -> Result<Vec<Reading>, Failure> {
+    let jailer = side.program.with_file_name("lepton-jailer");
+    if !jailer.exists() {
+        let why = format!("there is no {}", jailer.display());
+        return Err(Failure::NotOffered(why));
+    }
+    if !geteuid().is_root() {
+        return Err(Failure::NotOffered("a jail takes root".into()));
+    }
+    let place = Place::new(Guest::Idle, context.patience)?;
+    let socket = place.folder().join("pool.sock");
+    let mut command = Command::new(jailer);
+    command
+        .args(["--id", "copy", "--uid", NOBODY, "--gid", NOBODY])
+        .args(["--pool-size", &size.to_string(), "--exec-file"])
+        .arg(&side.program)
+        .arg("--chroot-base-dir")
+        .arg(place.folder())
+        .arg("--pool")
+        .arg(&socket)
+        .args(["--", "--level", "Error"]);
+    let mut pool = Running::spawn(&mut command, place.folder(), context.patience)?;
+    pool.wait_for("its socket", || socket.exists().then_some(()))?;
+    if size > 0 {
+        let program = side.program.file_name().unwrap_or_default();
+        let jail = place.folder().join(program).join("copy-1/root");
+        // Once its API answers it waits for a machine.
+        let (stream, _) = pool.connect(&jail.join("run/firecracker.socket"))?;
+        stream.set_read_timeout(Some(context.patience))?;
+        let answer = Client::from_stream(stream).request("GET", "/", "");
+        checked("GET /", answer)?;
+    }
+    let mut parent = beating(context, side)?;
+    let asked = Instant::now();
+    let cloned = parent.clone_by(&json!({ "pool": socket, "children": [{}] }))?;
+    // It is nobody's child.
+    let copies: Result<Vec<Copy>, Failure> = cloned.children.iter().map(Copy::of).collect();
+    let _copies = copies?;
+    let ran = pool.says(UP, UP_IN_WORDS)?;
+    Ok(vec![Reading::milliseconds(figure, ran - asked)])
 }
 
 /// A machine that has written all its memory, and writes the first `kib` of it for ever.

@@ -45,6 +45,7 @@ fn main() -> ExitCode {
             test!(a_machine_is_not_loaded_as_another_unless_its_guest_confirms),
             test!(all_children_or_none),
             test!(what_cannot_be_cloned_is_named),
+            test!(who_is_silent_holds_nobody_up),
             test!(bytes_of_anybody_are_refused),
         ],
     )

@@ -1,10 +1,12 @@
 //! Clones that there are not to be.
 
 use std::os::unix::net::UnixListener;
+use std::time::{Duration, Instant};
 
 use lepton_hostio::packet::{PacketListener, PacketSocket};
-use lepton_tests::Vmm;
 use lepton_tests::counting::let_run;
+use lepton_tests::{PATIENCE, Vmm};
+use rustix::process::Signal;
 use serde_json::json;
 
 use crate::family::{Heir, clone, parent, request};
@@ -74,11 +76,7 @@ pub fn what_cannot_be_cloned_is_named() {
     let body = request(&[json!({ "adopt_socket": path })]).to_string();
     let asked = std::thread::scope(|scope| {
         let asked = scope.spawn(|| api.refused("PUT", "/clone", &body));
-        let link = loop {
-            if let Some(link) = listener.accept().expect("a connection") {
-                break link;
-            }
-        };
+        let link = next(&listener);
         link.send(b"\x09nonsense", &[]).expect("somebody listens");
         asked.join().expect("an answer")
     });
@@ -88,6 +86,52 @@ pub fn what_cannot_be_cloned_is_named() {
     let message = api.refused("PUT", "/clone", &other);
     assert!(message.contains("stream.sock"), "{message}");
     let_run(&mut api);
+}
+
+/// Nobody answers, and the machine's own life goes on meanwhile: its event loop takes a signal.
+pub fn who_is_silent_holds_nobody_up() {
+    let (vmm, mut api) = parent(128, true);
+    let path = vmm.path("silent.sock");
+    let (listener, _file) = PacketListener::bind(path.as_ref()).expect("a socket");
+    let child = json!({ "children": [{ "adopt_socket": path }] });
+    let pool = json!({ "children": [{}], "pool": path });
+    for (mut body, reason) in [(child, "no answer within 1ms"), (pool, "timed out")] {
+        body["timeout_ms"] = 1.into();
+        let message = api.refused("PUT", "/clone", &body.to_string());
+        assert!(message.contains(reason), "{message}");
+        drop(next(&listener));
+        body["timeout_ms"] = 0.into();
+        let message = api.refused("PUT", "/clone", &body.to_string());
+        assert!(message.contains("timeout_ms 0"), "{message}");
+        body["timeout_ms"] = 600_001.into();
+        let message = api.refused("PUT", "/clone", &body.to_string());
+        assert!(message.contains("timeout_ms 600001"), "{message}");
+    }
+    let_run(&mut api);
+    let body = json!({ "children": [{}], "pool": path, "timeout_ms": 600_000 }).to_string();
+    let message = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| api.refused("PUT", "/clone", &body));
+        let link = next(&listener);
+        vmm.signal(Signal::TERM);
+        let deadline = Instant::now() + PATIENCE;
+        let log = || std::fs::read_to_string(vmm.path("log")).expect("a log");
+        while !log().contains("ending on a signal") {
+            assert!(Instant::now() < deadline, "{}", log());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(link);
+        asked.join().expect("an answer")
+    });
+    assert!(message.contains("silent.sock"), "{message}");
+}
+
+/// The next that connects.
+fn next(listener: &PacketListener) -> PacketSocket {
+    loop {
+        if let Some(link) = listener.accept().expect("a connection") {
+            return link;
+        }
+    }
 }
 
 pub fn bytes_of_anybody_are_refused() {

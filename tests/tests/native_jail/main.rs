@@ -3,6 +3,7 @@
 mod attack;
 mod family;
 mod kill;
+mod pool;
 mod refused;
 mod root;
 mod user;
@@ -15,6 +16,7 @@ use lepton_tests::test;
 use attack::*;
 use family::*;
 use kill::*;
+use pool::*;
 use refused::*;
 use root::*;
 use user::*;
@@ -49,6 +51,19 @@ fn main() -> ExitCode {
             test!(a_given_network)
                 .needs(Need::Root)
                 .needs(Need::Program("ip")),
+            test!(copies_come_from_a_pool_of_jails)
+                .needs(Need::Root)
+                .needs(Need::Kvm),
+            test!(without_root_copies_come_from_a_pool_of_jails)
+                .needs(Need::Root)
+                .needs(Need::Kvm),
+            test!(what_a_pool_is_asked_for_is_checked)
+                .needs(Need::Root)
+                .needs(Need::Kvm),
+            test!(a_pool_that_is_killed_leaves_nothing)
+                .needs(Need::Root)
+                .needs(Need::Kvm),
+            test!(a_pool_that_cannot_start_says_why).needs(Need::Root),
             test!(a_jailed_machine_has_jailed_copies)
                 .needs(Need::Root)
                 .needs(Need::Kvm),

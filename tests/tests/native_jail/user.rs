@@ -26,12 +26,12 @@ fn inheritable(fd: impl Into<OwnedFd>) -> OwnedFd {
 
 /// /dev/kvm, which may be root's alone: whoever starts a machine without root can be handed it.
 #[track_caller]
-fn kvm() -> OwnedFd {
+pub fn kvm() -> OwnedFd {
     let file = fs::File::options().read(true).write(true).open("/dev/kvm");
     inheritable(file.expect("the test needs it"))
 }
 
-fn with_kvm(fd: &OwnedFd) -> Jail {
+pub fn with_kvm(fd: &OwnedFd) -> Jail {
     let number = fd.as_raw_fd().to_string();
     Jail::without_root().options(["--kvm-fd", &number])
 }

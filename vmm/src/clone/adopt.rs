@@ -16,7 +16,7 @@ use lepton_snapshot::codec::{self, CodecError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::drives::{HandedError, NewFiles};
-use super::message::{Answer, GO, MAX_MESSAGE, MORE, Machine, Offer, PATIENCE, VERSION};
+use super::message::{Answer, GO, MAX_MESSAGE, MORE, Machine, Offer, PATIENCE, READY, VERSION};
 use crate::config::Configuration;
 use crate::config::saved::{Overrides, SavedConfigError};
 use crate::controller::{Mailbox, Message};
@@ -115,6 +115,14 @@ impl Adopter {
             listener,
             link,
             mailbox,
+        }
+    }
+
+    /// Tells whoever has connected it that it can become a machine.
+    pub fn say_ready(&self) {
+        // Who is gone will be noticed.
+        if let Some(link) = &self.link {
+            drop(link.send(READY, &[]));
         }
     }
 
@@ -230,7 +238,7 @@ impl Adoption {
         } = codec::decode(&bytes).map_err(AdoptError::Machine)?;
         let of_memory = files.by_ref().take(memory_files as usize).collect();
         let base = Base::received(memory, extents, of_memory)?;
-        self.patience = Duration::from_millis(offer.patience_ms).min(MAX_PATIENCE);
+        self.patience = Duration::from_millis(offer.patience_ms).min(MAX_PATIENCE * 2);
         let telling = match offer.identity.map(Identity::try_from).transpose()? {
             Some(identity) => Some(identity.put_into(&mut state, entropy)?),
             None => None,

@@ -5,24 +5,23 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use lepton_api::types::{CloneMachine, Cloned, ClonedChild};
-use lepton_hostio::packet::{MAX_FILES, PacketSocket};
+use lepton_api::types::{Cloned, ClonedChild};
+use lepton_hostio::packet::MAX_FILES;
 use lepton_snapshot::codec::{self, CodecError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::drives::{Drives, Wants};
-use super::message::{Answer, Changes, GO, MAX_MESSAGE, MORE, Machine, Offer, PATIENCE, VERSION};
+use super::drives::Drives;
+use super::heirs::{Heir, Heirs, MAX_CHILDREN};
+use super::message::{Answer, GO, MAX_MESSAGE, MORE, Machine, Offer, VERSION};
 use crate::config::devices::DeviceConfigError;
 use crate::config::devices::sharing::SharedDrive;
-use crate::identity::{Identity, IdentityError, Wanted};
+use crate::identity::{IdentityError, MAX_PATIENCE};
 use crate::kvm::KvmError;
 use crate::machine::state::{MachineState, SaveError};
 use crate::memory::base;
 use crate::memory::freeze::{FreezeError, Frozen, OldMapping};
-use crate::reach::ReachError;
+use crate::reach::{self, ReachError};
 
-/// Most copies in one request.
-const MAX_CHILDREN: usize = 1000;
 /// Most bytes of a reason that another process gives.
 const MAX_REASON: usize = 1000;
 
@@ -32,6 +31,14 @@ const MAX_REASON: usize = 1000;
 pub enum CloneError {
     #[error("{0} children are not between 1 and {MAX_CHILDREN}")]
     Count(usize),
+    #[error("timeout_ms {0} is not between 1 and {most}", most = MAX_PATIENCE.as_millis())]
+    Patience(u64),
+    #[error("adopt_socket: each child needs one, or pool names where they come from")]
+    Neither,
+    #[error("adopt_socket: the children come from the pool")]
+    Both,
+    #[error("pool {}: {source}", path.display())]
+    Pool { path: PathBuf, source: io::Error },
     #[error("adopt_socket {} stands there twice", .0.display())]
     Twice(PathBuf),
     #[error("adopt_socket {}: {source}", path.display())]
@@ -59,9 +66,9 @@ pub enum CloneError {
     Save(#[from] SaveError),
     #[error(transparent)]
     Freeze(#[from] FreezeError),
-    #[error("child {}: {source}", path.display())]
+    #[error("child {child}: {source}")]
     Identity {
-        path: PathBuf,
+        child: String,
         source: IdentityError,
     },
     #[error(transparent)]
@@ -70,108 +77,28 @@ pub enum CloneError {
     Files(#[from] ReachError),
     #[error("host: {0}")]
     Host(#[from] io::Error),
-    #[error("child {}: {source}", path.display())]
-    Child { path: PathBuf, source: io::Error },
-    #[error("child {}: {reason}", path.display())]
-    Refused { path: PathBuf, reason: String },
-    #[error("child {}: no answer within {patience:?}", path.display())]
-    Silent { path: PathBuf, patience: Duration },
-}
-
-/// A process that waits for a machine.
-struct Heir {
-    path: PathBuf,
-    socket: PacketSocket,
-    changes: Changes,
-    wants: Wants,
-    identity: Option<Wanted>,
-}
-
-/// The processes that wait for the machine. Dropped, they wait for another.
-pub struct Heirs {
-    heirs: Vec<Heir>,
-    resume: bool,
-    patience: Duration,
-}
-
-impl Heirs {
-    /// Connects to all that `request` names.
-    pub fn connect(request: &CloneMachine) -> Result<Self, CloneError> {
-        let children = &request.children;
-        if children.is_empty() || children.len() > MAX_CHILDREN {
-            return Err(CloneError::Count(children.len()));
-        }
-        let mut seen = std::collections::BTreeSet::new();
-        let mut heirs = Vec::with_capacity(children.len());
-        let mut patience = Duration::ZERO;
-        for child in children {
-            let path = child.adopt_socket.clone();
-            if !seen.insert(&child.adopt_socket) {
-                return Err(CloneError::Twice(path));
-            }
-            let identity = child.identity.as_ref().map(Wanted::from);
-            if let Some(identity) = identity.clone() {
-                let identity =
-                    Identity::try_from(identity).map_err(|source| CloneError::Identity {
-                        path: path.clone(),
-                        source,
-                    })?;
-                patience = patience.max(identity.patience);
-            }
-            let socket = PacketSocket::connect(&path).map_err(|source| CloneError::Connect {
-                path: path.clone(),
-                source,
-            })?;
-            heirs.push(Heir {
-                path,
-                socket,
-                changes: Changes::from(child),
-                wants: Wants::from(child),
-                identity,
-            });
-        }
-        Ok(Heirs {
-            heirs,
-            resume: request.resume_children,
-            patience: PATIENCE + patience,
-        })
-    }
-
-    /// Offers them the machine. Nothing of this waits for them.
-    pub fn offer(
-        self,
-        state: MachineState,
-        memory: Frozen,
-        drives: Vec<SharedDrive>,
-        pause: Duration,
-    ) -> Result<HandOver, CloneError> {
-        let resumed = Instant::now();
-        let Frozen { base, leftovers } = memory;
-        let machine = Machine {
-            state,
-            memory: base.bytes(),
-            extents: base.extents().to_vec(),
-            memory_files: base.files().len() as u32,
-        };
-        offer(&self, &machine, &base, &Drives::new(drives)?)?;
-        Ok(HandOver {
-            patience: self.patience,
-            heirs: self.heirs,
-            leftovers,
-            pause,
-            resumed,
-        })
-    }
+    #[error("child {child}: {source}")]
+    Child { child: String, source: io::Error },
+    #[error("child {child}: {reason}")]
+    Refused { child: String, reason: String },
+    #[error("child {child}: no answer within {patience:?}")]
+    Silent { child: String, patience: Duration },
 }
 
 /// A machine on its way to those who get a copy. The machine itself goes on. Dropped, there are no copies.
 pub struct HandOver {
-    heirs: Vec<Heir>,
-    patience: Duration,
-    leftovers: Vec<OldMapping>,
-    pause: Duration,
-    /// When the pause ended.
-    resumed: Instant,
+    /// Who gets it.
+    pub heirs: Heirs,
+    /// All but its memory and its drives.
+    pub state: MachineState,
+    /// Its memory.
+    pub memory: Frozen,
+    /// Its drives.
+    pub drives: Vec<SharedDrive>,
+    /// For how long it stood still.
+    pub pause: Duration,
+    /// When that ended.
+    pub resumed: Instant,
 }
 
 /// What came of it.
@@ -183,41 +110,82 @@ pub struct Finished {
 }
 
 impl HandOver {
-    /// Waits until all have the machine, and lets them run, or none. Takes a while: not for the event loop.
+    /// Gives all of them the machine, waits until they have it, and lets them run, or none. Takes a while, and gives up
+    /// the files of this thread: for a thread of its own.
     pub fn finish(self) -> Finished {
         let HandOver {
             heirs,
-            patience,
-            leftovers,
+            state,
+            memory: Frozen { base, leftovers },
+            drives,
             pause,
             resumed,
         } = self;
-        // The heirs' sockets are closed on an error: who has the machine already ends.
-        let result = collect(&heirs, patience, resumed).map(|children| Cloned {
+        let machine = Machine {
+            state,
+            memory: base.bytes(),
+            extents: base.extents().to_vec(),
+            memory_files: base.files().len() as u32,
+        };
+        let given = give(heirs, &machine, &base, drives, resumed);
+        let result = given.map(|children| Cloned {
             pause_us: microseconds(pause),
             children,
         });
-        if result.is_ok() && heirs.len() > 1 {
-            for heir in &heirs {
-                // One that has ended since it was ready has ended as a machine may end.
-                if let Err(error) = heir.socket.send(GO, &[]) {
-                    log::warn!("clone {}: {error}", heir.path.display());
-                }
-            }
-        }
         Finished { result, leftovers }
     }
+}
+
+/// An error closes the heirs' sockets: who has the machine already ends.
+fn give(
+    heirs: Heirs,
+    machine: &Machine,
+    memory: &base::Base,
+    drives: Vec<SharedDrive>,
+    resumed: Instant,
+) -> Result<Vec<ClonedChild>, CloneError> {
+    let (resume, patience) = (heirs.resume, heirs.patience);
+    let (heirs, taken) = heirs.gather()?;
+    let terms = Terms {
+        resume,
+        alone: heirs.len() == 1,
+        patience,
+    };
+    offer(&heirs, machine, memory, &Drives::new(drives)?, &terms)?;
+    // What comes now comes from others.
+    reach::give_up_files()?;
+    let children = collect(&heirs, patience, resumed)?;
+    if !terms.alone {
+        for heir in &heirs {
+            // One that has ended since it was ready has ended as a machine may end.
+            if let Err(error) = heir.socket.send(GO, &[]) {
+                log::warn!("clone {}: {error}", heir.copy.child);
+            }
+        }
+    }
+    if let Some(taken) = taken {
+        taken.keep();
+    }
+    Ok(children)
 }
 
 fn microseconds(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
+/// What is the same for all copies.
+struct Terms {
+    resume: bool,
+    alone: bool,
+    patience: Duration,
+}
+
 fn offer(
-    heirs: &Heirs,
+    heirs: &[Heir],
     machine: &Machine,
     memory: &base::Base,
     drives: &Drives,
+    terms: &Terms,
 ) -> Result<(), CloneError> {
     let bytes = codec::encode(machine)?;
     let file = base::new_file(bytes.len() as u64)?;
@@ -225,25 +193,20 @@ fn offer(
     base::seal(&file)?;
     let mut common = vec![file.as_fd()];
     common.extend(memory.files().iter().map(|file| file.as_fd()));
-    let Heirs {
-        heirs,
-        resume,
-        patience,
-    } = heirs;
     for heir in heirs {
-        let parcel = drives.parcel(&heir.wants)?;
+        let parcel = drives.parcel(&heir.copy.wants)?;
         let mut files = common.clone();
         files.extend(parcel.files());
         let offer = Offer {
             version: VERSION,
             machine: bytes.len() as u64,
-            changes: heir.changes.clone(),
-            resume: *resume,
-            alone: heirs.len() == 1,
+            changes: heir.copy.changes.clone(),
+            resume: terms.resume,
+            alone: terms.alone,
             drives: parcel.drives.clone(),
             files: files.len() as u32,
-            identity: heir.identity.clone(),
-            patience_ms: u64::try_from(patience.as_millis()).unwrap_or(u64::MAX),
+            identity: heir.copy.identity.clone(),
+            patience_ms: u64::try_from(terms.patience.as_millis()).unwrap_or(u64::MAX),
         };
         let (first, rest) = files.split_at(files.len().min(MAX_FILES));
         let mut sent = heir.socket.send(&codec::encode(&offer)?, first);
@@ -270,7 +233,7 @@ fn collect(
         };
         let left = deadline.saturating_duration_since(Instant::now());
         let silent = || CloneError::Silent {
-            path: heirs[*first].path.clone(),
+            child: heirs[*first].copy.child.clone(),
             patience,
         };
         if left.is_zero() {
@@ -298,7 +261,7 @@ fn collect(
 impl Heir {
     fn failed(&self, source: io::Error) -> CloneError {
         CloneError::Child {
-            path: self.path.clone(),
+            child: self.copy.child.clone(),
             source,
         }
     }
@@ -309,7 +272,7 @@ impl Heir {
             false => character,
         };
         CloneError::Refused {
-            path: self.path.clone(),
+            child: self.copy.child.clone(),
             reason: reason.chars().take(MAX_REASON).map(clean).collect(),
         }
     }

@@ -19,6 +19,8 @@ pub const MAX_MESSAGE: usize = 64 << 10;
 pub const PATIENCE: Duration = Duration::from_secs(5);
 /// Comes with further descriptors.
 pub const MORE: &[u8] = b"more";
+/// What a process says that was started with a connection, once it can become a machine.
+pub const READY: &[u8] = b"ready";
 /// The last word.
 pub const GO: &[u8] = b"go";
 

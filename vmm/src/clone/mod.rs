@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  the machine's process                              a process started with --adopt
-//!  connect                ------------------------->  accept
+//!  connect, or ask a pool ------------------------->  accept
 //!  pause, save, freeze memory, go on
 //!  Offer, descriptors     ------------------------->  check, open devices, map memory, restore
 //!                         <-------------------------  Ready, or Refused (and waits for another)
@@ -10,7 +10,7 @@
 //!  else: close            ------------------------->  end
 //! ```
 //!
-//! One copy alone need not wait for the last word.
+//! All but the pause happens in a thread of its own: the machine's devices wait for nobody. One copy alone need not wait for the last word.
 //!
 //! One message each, over a socket of type SOCK_SEQPACKET; only the offer may have others behind it, with the descriptors
 //! that one message has no room for. With the offer go descriptors: of the state, encoded as in a snapshot, of the files
@@ -21,8 +21,11 @@
 mod adopt;
 mod drives;
 mod hand_over;
+mod heirs;
 pub mod message;
+mod pool;
 
 pub use adopt::{AdoptError, Adopter, Adoption, Source};
 pub use drives::{NewFiles, wanted as wanted_drives};
-pub use hand_over::{CloneError, Finished, HandOver, Heirs};
+pub use hand_over::{CloneError, Finished, HandOver};
+pub use heirs::Heirs;

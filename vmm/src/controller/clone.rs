@@ -24,18 +24,10 @@ use crate::machine::Paused;
 use crate::machine::restore::{self, Restoration};
 use crate::machine::state::MachineState;
 use crate::memory::freeze::Frozen;
-use crate::reach;
 use crate::vcpu::state::Saveable;
 
 fn fault(error: CloneError) -> Fault {
     refused(format!("Clone error: {error}"))
-}
-
-fn reply(finished: &Finished) -> Result<Reply, Fault> {
-    match &finished.result {
-        Ok(cloned) => Reply::json(cloned),
-        Err(error) => Err(refused(format!("Clone error: {error}"))),
-    }
 }
 
 /// A machine that was offered, and is here.
@@ -75,20 +67,17 @@ impl Controller {
             .name("clone".into())
             .stack_size(256 << 10)
             .spawn(move || {
-                let finished = match reach::give_up_files() {
-                    Ok(()) => hand_over.finish(),
-                    Err(error) => Finished {
-                        result: Err(error.into()),
-                        leftovers: Vec::new(),
-                    },
+                let Finished { result, leftovers } = hand_over.finish();
+                let reply = match result {
+                    Ok(cloned) => Reply::json(&cloned),
+                    Err(error) => Err(fault(error)),
                 };
-                let reply = reply(&finished);
                 if let Err(fault) = &reply {
                     log::warn!("request refused: {}", fault.message);
                 }
                 // A client that is gone needs no answer.
                 drop(answer.send(reply));
-                drop(finished.leftovers);
+                drop(leftovers);
             });
         if let Err(error) = spawned {
             drop(unthreaded.send(Err(fault(CloneError::Host(error)))));
@@ -97,14 +86,16 @@ impl Controller {
 
     /// The same, and waits for it.
     pub(super) fn clone_and_wait(&mut self, request: &CloneMachine) -> Result<Reply, Fault> {
-        let hand_over = self.begin_clone(request).map_err(fault)?;
-        reply(&hand_over.finish())
+        let (sender, answer) = std::sync::mpsc::sync_channel(1);
+        self.clone_machine(request, sender);
+        let gone = |_| refused("the thread that clones has ended");
+        answer.recv().map_err(gone)?
     }
 
     /// What can be refused is refused first, then the machine stands still for as long as must be.
     fn begin_clone(&mut self, request: &CloneMachine) -> Result<HandOver, CloneError> {
         let drives = clone::wanted_drives(request, self.configuration.devices.drives())?;
-        let heirs = Heirs::connect(request)?;
+        let heirs = Heirs::ask(request)?;
         let saveable = match self.saveable.take() {
             Some(known) => known,
             None => Hypervisor::open()?.saveable()?,
@@ -135,13 +126,21 @@ impl Controller {
         };
         self.phase = phase;
         self.saveable = Some(saveable);
-        let pause = started.elapsed();
+        let resumed = Instant::now();
+        let pause = resumed - started;
         let (state, memory, drives) = taken?;
         log::info!(
             "machine cloned for {} processes; it stood still for {pause:?}",
-            request.children.len()
+            heirs.count()
         );
-        heirs.offer(state, memory, drives, pause)
+        Ok(HandOver {
+            heirs,
+            state,
+            memory,
+            drives,
+            pause,
+            resumed,
+        })
     }
 
     /// Takes the machine that is offered, or refuses it.
