@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::time_on;
 use crate::controller::{Mailbox, Message};
+use crate::machine::generation::Generation;
 use crate::machine::state::MachineState;
 
 /// Longest time that a guest may be given.
@@ -28,6 +29,8 @@ pub struct Entropy {
     pub seed: [u8; 64],
     /// For its machine id.
     pub machine_id: [u8; 16],
+    /// Its generation.
+    pub generation: Generation,
 }
 
 /// Why a machine does not get the identity that it is to have.

@@ -22,6 +22,7 @@ use lepton_vmm::events::{self, Loop};
 use lepton_vmm::exit::ExitCode;
 use lepton_vmm::identity::Entropy;
 use lepton_vmm::kvm;
+use lepton_vmm::machine::generation::Generation;
 use lepton_vmm::memory;
 use lepton_vmm::overlay::{self, OverlayFailure};
 use lepton_vmm::process;
@@ -184,9 +185,11 @@ fn entropy() -> io::Result<Entropy> {
     let mut entropy = Entropy {
         seed: [0; 64],
         machine_id: [0; 16],
+        generation: Generation([0; 16]),
     };
     getrandom(&mut entropy.seed, GetRandomFlags::empty())?;
     getrandom(&mut entropy.machine_id, GetRandomFlags::empty())?;
+    getrandom(&mut entropy.generation.0, GetRandomFlags::empty())?;
     Ok(entropy)
 }
 

@@ -25,6 +25,9 @@ pub enum Entry {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Program(Vec<u8>);
 
+/// What a record of [`Program::watch`] begins with.
+pub const RECORD: &[u8; 4] = b"\xf1REC";
+
 /// `jmp` to itself: what is reached only if the instruction before did not end the guest.
 const HANG: [u8; 2] = [0xeb, 0xfe];
 /// `mov al, 0xfe; out 0x64, al`: the keyboard controller pulls the reset line.
@@ -93,6 +96,35 @@ impl Program {
             // mov eax, [0x600]; out dx, eax; jmp again
             0xa1, 0x00, 0x06, 0x00, 0x00, 0xef, 0xeb, 0xed,
         ])
+    }
+
+    /// Lets `interrupt` of the I/O APIC wait in the local APIC as vector 0x51. Then sends, again and again, [`RECORD`], 16 bytes
+    /// at `address`, and the word of the local APIC in which that vector is bit 17. For [`Entry::Pvh`].
+    pub fn watch(address: u32, interrupt: u32) -> Self {
+        const SPURIOUS_VECTOR: u32 = 0xfee0_00f0;
+        const SELECT: u32 = 0xfec0_0000;
+        const WINDOW: u32 = 0xfec0_0010;
+        let mut program = Self::new(&[]);
+        for (register, value) in [
+            // Local APIC on; then the lower half of the pin's entry: unmasked, to the first processor.
+            (SPURIOUS_VECTOR, 0x1ff),
+            (SELECT, 0x10 + 2 * interrupt),
+            (WINDOW, 0x51),
+        ] {
+            // mov dword [register], value
+            program = program
+                .with(&[0xc7, 0x05])
+                .with(&register.to_le_bytes())
+                .with(&u32::to_le_bytes(value));
+        }
+        // again: mov dx, 0x3f8; mov eax, RECORD; out dx, eax
+        program
+            .with(&[0x66, 0xba, 0xf8, 0x03, 0xb8])
+            .with(RECORD)
+            .with(&[0xef])
+            .send(address, 16)
+            // mov eax, [0xfee00220]; out dx, eax; jmp again
+            .with(&[0xa1, 0x20, 0x02, 0xe0, 0xfe, 0xef, 0xeb, 0xde])
     }
 
     /// Halts with interrupts off.
@@ -249,6 +281,13 @@ mod tests {
         let at = (u64::from(address) - LOAD) as usize;
         assert_eq!(&program.0[at..], b"hello");
         assert_eq!(program.0[at - 2..at], HANG);
+    }
+
+    #[test]
+    fn a_watch_jumps_to_its_record() {
+        let code = Program::watch(0, 0).0;
+        let target = code.len() - 0x22;
+        assert_eq!(code[target..target + 4], [0x66, 0xba, 0xf8, 0x03]);
     }
 
     #[test]

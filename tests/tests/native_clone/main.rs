@@ -3,6 +3,7 @@
 mod apart;
 mod drives;
 mod family;
+mod generation;
 mod going_on;
 mod identity;
 mod refused;
@@ -14,6 +15,7 @@ use lepton_tests::test;
 
 use apart::*;
 use drives::*;
+use generation::*;
 use going_on::*;
 use identity::*;
 use refused::*;
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
             test!(drives_of_many_layers_are_cloned).needs(PROBE),
             test!(clones_that_fail_leave_no_files).needs(PROBE),
             test!(what_is_whose_is_told).needs(PROBE),
+            test!(every_machine_is_a_generation_of_its_own),
             test!(a_guest_that_does_not_confirm_is_no_copy),
             test!(identities_that_are_none_are_named),
             test!(a_machine_is_not_loaded_as_another_unless_its_guest_confirms),

@@ -205,6 +205,7 @@ impl Controller {
             devices: adopted.configuration.devices.all(),
             console,
             clock_catches_up: true,
+            generation: self.options.entropy.generation,
         };
         let built = restore::restore(&hypervisor, restoration, self.surroundings())?;
         self.configuration = adopted.configuration;

@@ -341,6 +341,7 @@ impl Controller {
             device_arguments: devices.kernel_arguments(),
             devices: devices.all(),
             console,
+            generation: self.options.entropy.generation,
         };
         let mailbox = self.mailbox.clone();
         let around = surroundings(&self.options, mailbox);

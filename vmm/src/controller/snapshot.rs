@@ -104,6 +104,7 @@ impl Controller {
             console,
             // A machine that lives a second time lives now.
             clock_catches_up: request.clock_realtime || telling.is_some(),
+            generation: self.options.entropy.generation,
         };
         let built = restore::restore(&Hypervisor::open()?, restoration, around)?;
         self.configuration = configuration;

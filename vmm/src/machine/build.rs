@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::Paused;
 use super::assemble::{self, AssembleError, Parts};
 use super::attach::{AttachError, Attached, Slots};
+use super::generation::Generation;
 use crate::arch::x86_64::acpi::{self, AcpiError, MmioDevice};
 use crate::arch::x86_64::cpuid::{self, Topology};
 use crate::arch::x86_64::registers::{self, RegisterError};
@@ -101,6 +102,8 @@ pub struct Blueprint<'a> {
     pub devices: Vec<(String, SharedDevice)>,
     /// COM1.
     pub console: Console,
+    /// Its generation.
+    pub generation: Generation,
 }
 
 /// Builds a machine. Nothing of it runs or is reachable yet if this fails.
@@ -116,6 +119,7 @@ pub fn build(
         device_arguments,
         devices,
         console,
+        generation,
     } = blueprint;
     let (memory, origin) = match shape.clonable {
         true => {
@@ -144,6 +148,7 @@ pub fn build(
     let places: Vec<_> = attached.iter().map(|a| a.place).collect();
     log::debug!("{} devices attached", places.len());
     let entry = write_tables(&memory, shape, boot, loaded, &device_arguments, &places)?;
+    generation.write(&ram)?;
     log::debug!("boot tables written");
     let vcpus = create_vcpus(hypervisor, &vm, shape, cpu, &entry)?;
     log::debug!("{} vCPUs made", vcpus.len());

@@ -14,6 +14,7 @@ mod assemble;
 pub mod attach;
 pub mod boot_timer;
 pub mod build;
+pub mod generation;
 pub mod restore;
 pub mod state;
 

@@ -8,10 +8,12 @@ use lepton_devices::legacy::ioapic::IoApic;
 use lepton_devices::legacy::serial::SerialPort;
 use lepton_devices::virtio::state::RestoreError;
 use lepton_devices::virtio::transport::mmio::SharedDevice;
+use vm_memory::GuestMemoryError;
 
 use super::assemble::{self, AssembleError, Parts};
 use super::attach::{AttachError, Slots};
 use super::build::{Built, Console, Surroundings};
+use super::generation::Generation;
 use super::state::MachineState;
 use crate::arch::x86_64::compatible::{self, Incompatible};
 use crate::arch::x86_64::layout;
@@ -39,6 +41,8 @@ pub enum RestoreMachineError {
         what: &'static str,
         source: RestoreError,
     },
+    #[error("generation ID: {0}")]
+    Generation(#[from] GuestMemoryError),
     #[error("the state has {saved} {what}, its configuration {configured}")]
     Count {
         what: &'static str,
@@ -61,6 +65,8 @@ pub struct Restoration<'a> {
     pub console: Console,
     /// Whether the guest's clock is to catch up on the time since.
     pub clock_catches_up: bool,
+    /// Its generation: not the one that was saved.
+    pub generation: Generation,
 }
 
 /// Restores a machine. Nothing of it runs or is reachable yet if this fails.
@@ -76,6 +82,7 @@ pub fn restore(
         devices,
         console,
         clock_catches_up,
+        generation,
     } = restoration;
     check_counts(state, vcpus, devices.len())?;
     let supported = hypervisor.supported_cpuid()?;
@@ -83,6 +90,8 @@ pub fn restore(
         compatible::check(&vcpu.cpuid, supported)?;
     }
     log::debug!("processor is compatible");
+    // Before anything touches memory.
+    generation.write(&ram)?;
     let vm = hypervisor.create_vm(&ram.memory, ram.tracking.is_some())?;
     let legacy = |what| move |source| RestoreMachineError::Legacy { what, source };
     let pins = layout::VIRTIO_IRQ as usize + devices.len();
@@ -124,6 +133,7 @@ pub fn restore(
     for device in &attached {
         device.interrupt.replay();
     }
+    Generation::tell(&ioapic);
     let parts = Parts {
         vm,
         ram,

@@ -21,7 +21,10 @@ use lepton_devices::Memory;
 use lepton_devices::dirty::DirtyPages;
 use lepton_snapshot::Leaves;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion,
+    GuestRegionMmap,
+};
 
 use self::base::Base;
 use self::pager::{Paging, Source};
@@ -196,6 +199,21 @@ impl Ram {
         }
     }
 
+    /// Puts `bytes` into memory, at a place below the hole for devices that nobody has touched yet. They lie in one chunk of
+    /// 64 KiB.
+    pub fn put(&self, at: GuestAddress, bytes: &[u8]) -> Result<(), GuestMemoryError> {
+        if let Some(pager) = &self.pager {
+            // To touch it would be to wait for it.
+            pager.lay_over(at.0, bytes, self.dirty());
+            return Ok(());
+        }
+        self.memory.write_slice(bytes, at)?;
+        if let Some(dirty) = self.dirty() {
+            dirty.mark(at.0, bytes.len() as u64);
+        }
+        Ok(())
+    }
+
     /// Where devices note what they write.
     pub fn dirty(&self) -> Option<Arc<DirtyPages>> {
         Some(self.tracking.as_ref()?.devices.clone())
@@ -322,7 +340,6 @@ fn advise(region: &GuestRegionMmap, advice: libc::c_int) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::Bytes;
 
     #[test]
     fn absurd_sizes_are_refused_before_any_arithmetic() {

@@ -8,10 +8,11 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use lepton_devices::Memory;
+use lepton_devices::dirty::DirtyPages;
 use lepton_snapshot::{CHUNK, Hash, Manifest, ManifestError};
 use rustix::event::{Timespec, poll};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -74,6 +75,15 @@ impl Source {
     }
 }
 
+/// Bytes that take the place of those that were saved.
+struct Laid {
+    /// Where, from the beginning of memory. They end in the chunk in which they begin.
+    at: u64,
+    bytes: Vec<u8>,
+    /// Who notes that they were written, once they are.
+    dirty: Option<Arc<DirtyPages>>,
+}
+
 /// Fills memory from a source. Runs on a thread of its own.
 pub struct Pager {
     userfault: Userfault,
@@ -81,13 +91,28 @@ pub struct Pager {
     memory: Arc<Memory>,
     source: Source,
     buffer: Vec<u8>,
+    laid: Arc<Mutex<Option<Laid>>>,
     stop: Arc<EventFd>,
 }
 
 /// A pager at work. It stops when this is dropped, which must not be before all who touch the memory are gone.
 pub struct Paging {
+    laid: Arc<Mutex<Option<Laid>>>,
     stop: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
+}
+
+impl Paging {
+    /// Lets memory have `bytes` at `at`, below the hole for devices, once their chunk is touched, which nobody has done yet. They
+    /// end in that chunk. The last call counts.
+    pub fn lay_over(&self, at: u64, bytes: &[u8], dirty: Option<Arc<DirtyPages>>) {
+        let laid = Laid {
+            at,
+            bytes: bytes.to_vec(),
+            dirty,
+        };
+        *self.laid.lock().unwrap_or_else(PoisonError::into_inner) = Some(laid);
+    }
 }
 
 impl Drop for Paging {
@@ -113,13 +138,14 @@ impl Pager {
             memory,
             source,
             buffer: vec![0; CHUNK],
+            laid: Arc::default(),
             stop: Arc::new(EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?),
         })
     }
 
     /// Starts to serve. `failed` is told, once, why it cannot go on; who waits for the bad chunk then waits for ever.
     pub fn spawn(mut self, failed: impl FnOnce(PageError) + Send + 'static) -> io::Result<Paging> {
-        let stop = self.stop.clone();
+        let (laid, stop) = (self.laid.clone(), self.stop.clone());
         let thread = std::thread::Builder::new()
             .name("pager".into())
             .stack_size(256 << 10)
@@ -134,6 +160,7 @@ impl Pager {
                 }
             })?;
         Ok(Paging {
+            laid,
             stop,
             thread: Some(thread),
         })
@@ -148,7 +175,8 @@ impl Pager {
 
     fn fill(&mut self, fault: u64) -> Result<(), PageError> {
         let (start, chunk) = self.find(fault).ok_or(PageError::Stray(fault))?;
-        let content = self.source.read(chunk, &mut self.buffer)?;
+        let mut content = self.source.read(chunk, &mut self.buffer)?;
+        content |= self.lay(chunk, content);
         // SAFETY: `find` gave a whole chunk of a mapping that `new` registered and `self.memory` keeps.
         let filled = unsafe {
             match content {
@@ -161,6 +189,27 @@ impl Pager {
             self.userfault.wake(start, CHUNK as u64)?;
         }
         Ok(())
+    }
+
+    /// Lays over a chunk, which is in the buffer if it has a `content` other than zeroes, what belongs there instead. False:
+    /// nothing does.
+    fn lay(&mut self, chunk: u64, content: bool) -> bool {
+        let laid = self.laid.lock().unwrap_or_else(PoisonError::into_inner);
+        let here = |laid: &&Laid| laid.at / CHUNK as u64 == chunk;
+        let Some(Laid { at, bytes, dirty }) = laid.as_ref().filter(here) else {
+            return false;
+        };
+        if !content {
+            self.buffer.fill(0);
+        }
+        let rest = self.buffer.iter_mut().skip((at % CHUNK as u64) as usize);
+        for (to, from) in rest.zip(bytes) {
+            *to = *from;
+        }
+        if let Some(dirty) = dirty {
+            dirty.mark(*at, bytes.len() as u64);
+        }
+        true
     }
 
     /// Where the chunk of an address begins, and its number. Regions are whole numbers of chunks.
@@ -226,6 +275,22 @@ mod tests {
             Err(error) => panic!("{error}"),
         };
         let mut pager = pager;
+        // Over what was saved, and over zeroes.
+        let dirty = Arc::new(DirtyPages::new(&memory));
+        for at in [CHUNK as u64 + 6000, 4 * CHUNK as u64 + 6000] {
+            let laid = Laid {
+                at,
+                bytes: vec![1, 2],
+                dirty: Some(dirty.clone()),
+            };
+            pager.laid = Arc::new(Mutex::new(Some(laid)));
+            assert!(!pager.lay(2, false));
+            pager.buffer.fill(9);
+            assert!(pager.lay(at / CHUNK as u64, at > 2 * CHUNK as u64));
+            let rest = if at > 2 * CHUNK as u64 { 9 } else { 0 };
+            assert_eq!(pager.buffer[5999..6003], [rest, 1, 2, rest]);
+        }
+        assert_eq!(dirty.take()[0], 1 << 17);
         let (sender, failed) = channel();
         // Not `spawn`: that ends the process.
         std::thread::spawn(move || sender.send(pager.serve().unwrap_err().to_string()));

@@ -1,8 +1,10 @@
 //! ACPI tables of a hardware-reduced machine (ACPI 6.5, 3.11.1): what a stock kernel needs to find processors,
-//! interrupts and virtio-mmio devices, to power off and to reboot. Nothing interprets AML but the guest.
+//! interrupts and virtio-mmio devices, to power off and to reboot, and to notice that it goes on as another machine. Nothing
+//! interprets AML but the guest.
 
 use acpi_tables::aml::{
-    self, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, ResourceTemplate, Scope,
+    self, Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify,
+    Package, Path, ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -132,6 +134,7 @@ fn dsdt(devices: &[MmioDevice]) -> Vec<u8> {
         ],
     )
     .to_aml_bytes(&mut body);
+    generation(&mut body);
     Name::new(
         "_S5_".into(),
         &Package::new(vec![&SLEEP_TYPE_S5, &aml::ZERO, &aml::ZERO, &aml::ZERO]),
@@ -140,6 +143,62 @@ fn dsdt(devices: &[MmioDevice]) -> Vec<u8> {
     let mut table = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, REVISION);
     table.append_slice(&body.0);
     table.as_slice().to_vec()
+}
+
+/// The device with the generation ID (Microsoft's Virtual Machine Generation ID, 2012), and the one that turns its
+/// interrupt into a notification (ACPI 6.5, 5.6.9): a hardware-reduced machine has no other events.
+fn generation(body: &mut Bytecode) {
+    const CHANGED: u8 = 0x80;
+    let name = || Path::new("\\_SB_.VGEN");
+    Scope::new(
+        "_SB_".into(),
+        vec![
+            &Device::new(
+                "VGEN".into(),
+                vec![
+                    &Name::new("_HID".into(), &"LEPT0001"),
+                    // The specification's name is longer than ACPI allows, so there is a second.
+                    &Name::new(
+                        "_CID".into(),
+                        &Package::new(vec![&"VM_Gen_Counter", &"VMGENCTR"]),
+                    ),
+                    &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+                    // The lower half of the address, and the upper.
+                    &Name::new(
+                        "ADDR".into(),
+                        &Package::new(vec![&(layout::GENERATION_ID as u32), &aml::ZERO]),
+                    ),
+                ],
+            ),
+            &Device::new(
+                "GED_".into(),
+                vec![
+                    &Name::new("_HID".into(), &"ACPI0013"),
+                    &Name::new("_UID".into(), &aml::ZERO),
+                    &Name::new(
+                        "_CRS".into(),
+                        &ResourceTemplate::new(vec![&Interrupt::new(
+                            true,
+                            true,
+                            false,
+                            false,
+                            layout::GENERATION_IRQ,
+                        )]),
+                    ),
+                    &Method::new(
+                        "_EVT".into(),
+                        1,
+                        true,
+                        vec![&If::new(
+                            &Equal::new(&Arg(0), &layout::GENERATION_IRQ),
+                            vec![&Notify::new(&name(), &CHANGED)],
+                        )],
+                    ),
+                ],
+            ),
+        ],
+    )
+    .to_aml_bytes(body);
 }
 
 fn madt(vcpus: u8) -> Vec<u8> {
@@ -255,6 +314,46 @@ mod tests {
         assert_eq!(&table(word(&xsdt[44..52]))[..4], b"APIC");
         let dsdt = table(word(&fadt[140..148]));
         assert_eq!(dsdt.windows(8).filter(|w| w == b"LNRO0005").count(), 32);
+    }
+
+    /// What an interpreter does with these bytes is seen where Linux notices a new generation.
+    #[test]
+    fn the_generation_id_is_where_the_table_says_and_has_an_event() {
+        let memory = memory();
+        write(&memory, 1, &[]).unwrap();
+        let area = read(
+            &memory,
+            layout::RSDP,
+            (layout::ACPI_END - layout::RSDP) as usize,
+        );
+        let after = |name: &[u8]| {
+            let places: Vec<_> = (area.windows(name.len()).enumerate())
+                .filter(|(_, window)| *window == name)
+                .collect();
+            assert_eq!(places.len(), 1, "{name:?}");
+            &area[places[0].0 + name.len()..]
+        };
+        // Name (ADDR, Package (2) { DWord, Zero })
+        let mut package = vec![0x12, 8, 2, 0x0c];
+        package.extend((layout::GENERATION_ID as u32).to_le_bytes());
+        package.push(0);
+        assert!(after(b"\x08ADDR").starts_with(&package));
+        assert_eq!(layout::GENERATION_ID % 4096, 0);
+        assert!(after(b"\x08_DDN\x0d").starts_with(b"VM_Gen_Counter\0"));
+        assert!(after(b"\x08_CID").starts_with(b"\x12\x1c\x02\x0dVM_Gen_Counter\0\x0dVMGENCTR\0"));
+        // If (Arg0 == irq) { Notify (\_SB.VGEN, 0x80) }
+        let event = b"\x09\xa0\x12\x93\x68\x0a\x03\x86\\\x2e_SB_VGEN\x0a\x80";
+        assert!(
+            after(b"_EVT").starts_with(event),
+            "{:x?}",
+            &after(b"_EVT")[..32]
+        );
+        let interrupt = after(b"ACPI0013");
+        let at = interrupt.iter().position(|byte| *byte == 0x89).unwrap();
+        assert_eq!(
+            interrupt[at + 5..at + 9],
+            layout::GENERATION_IRQ.to_le_bytes()
+        );
     }
 
     #[test]

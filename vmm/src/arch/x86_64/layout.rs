@@ -8,6 +8,7 @@
 //! 0x0002_0000  kernel command line         1_0000_0000  the rest of RAM
 //! 0x0009_f000  EBDA: MP table
 //! 0x000e_0000  RSDP and ACPI tables
+//! 0x000f_f000  generation ID
 //! 0x0010_0000  kernel
 //! ```
 
@@ -38,7 +39,9 @@ pub const EBDA_END: u64 = 0xa_0000;
 /// Root system description pointer; on the 16-byte grid that a kernel searches (ACPI 6.5, 5.2.5.1).
 pub const RSDP: u64 = 0xe_0000;
 /// End of the area for the RSDP and the ACPI tables.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = GENERATION_ID;
+/// The machine's generation ID, in a page that holds nothing else and that no kernel takes for free memory.
+pub const GENERATION_ID: u64 = 0xf_f000;
 /// Where RAM above the first MiB begins; nothing of a kernel may be loaded below it.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 /// Beginning of the hole below 4 GiB.
@@ -56,6 +59,8 @@ pub const TSS: usize = 0xfffb_d000;
 
 /// Interrupt of the keyboard controller.
 pub const I8042_IRQ: u32 = 1;
+/// Interrupt by which a guest is told that its generation ID has changed. On a PC the second serial port has it.
+pub const GENERATION_IRQ: u32 = 3;
 /// Interrupt of the first serial port.
 pub const SERIAL_IRQ: u32 = 4;
 /// First interrupt for a virtio device.
