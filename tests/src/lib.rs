@@ -6,6 +6,7 @@
 //! - [`jail`]: the same in a jail of `lepton-jailer`.
 //! - [`guest`]: kernels of a few instructions, made without an assembler. `native_*` tests run them on any KVM.
 //! - [`metal`]: programs for bare metal, from `tests/guests/`. `native_*` tests run them on any KVM, too.
+//! - [`origin`]: machines that boot, are loaded from a snapshot, or are clones, for the same tests.
 //! - [`heir`]: a process that waits for a copy of it.
 //! - [`linux`]: our Linux guest with its agent. `lab_*` tests run it, on a KVM with nested paging.
 //!
@@ -20,6 +21,7 @@ pub mod host_socket;
 pub mod jail;
 pub mod linux;
 pub mod metal;
+pub mod origin;
 pub mod programs;
 pub mod sparse;
 pub mod suite;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use landlock::{AccessFs, Ruleset, RulesetAttr, RulesetStatus};
 use libtest_mimic::{Arguments, Trial};
 
+use crate::origin::Origin;
 use crate::programs;
 
 /// What a test needs and a host may lack.
@@ -59,6 +60,7 @@ fn has_landlock() -> bool {
 pub struct Test {
     name: &'static str,
     needs: Vec<Need>,
+    origins: &'static [Origin],
     run: fn(),
 }
 
@@ -68,6 +70,7 @@ impl Test {
         Self {
             name,
             needs: Vec::new(),
+            origins: &[Origin::Booted],
             run,
         }
     }
@@ -79,9 +82,23 @@ impl Test {
         self
     }
 
-    fn trial(self, common: &[Need]) -> Trial {
+    /// Lets the test run three times: on a machine that boots, on one that was saved and loaded, and on a clone.
+    #[must_use]
+    pub fn of_every_origin(mut self) -> Self {
+        self.origins = &Origin::ALL;
+        self
+    }
+
+    fn trials(&self, common: &[Need]) -> impl Iterator<Item = Trial> {
+        let trial = |origin: &Origin| self.trial(*origin, common);
+        self.origins.iter().map(trial)
+    }
+
+    fn trial(&self, origin: Origin, common: &[Need]) -> Trial {
         let run = self.run;
-        let trial = Trial::test(self.name, move || {
+        let name = format!("{}{}", self.name, origin.suffix());
+        let trial = Trial::test(name.clone(), move || {
+            origin.set();
             run();
             Ok(())
         });
@@ -92,7 +109,7 @@ impl Test {
         match missing {
             None => trial,
             Some(reason) => {
-                eprintln!("SKIPPED: {}: {reason}", self.name);
+                eprintln!("SKIPPED: {name}: {reason}");
                 trial.with_ignored_flag(true)
             }
         }
@@ -124,7 +141,7 @@ pub fn run<const N: usize>(order: Order, common: &[Need], tests: [Test; N]) -> E
     }
     // To list tests is not to skip any.
     let common = if arguments.list { &[] } else { common };
-    let trials = tests.map(|test| test.trial(common)).into();
+    let trials = tests.iter().flat_map(|test| test.trials(common)).collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
@@ -146,9 +163,12 @@ mod tests {
             panic!("it was run");
         }
         let need = Need::Program("no-such-program");
-        let skipped = test!(fails).needs(need).trial(&[]);
+        let skipped = test!(fails).needs(need).trial(Origin::Booted, &[]);
         assert!(skipped.has_ignored_flag());
-        assert!(test!(fails).trial(&[need]).has_ignored_flag());
-        assert!(!test!(fails).trial(&[]).has_ignored_flag());
+        let every = test!(fails).of_every_origin();
+        let skipped: Vec<Trial> = every.trials(&[need]).collect();
+        assert_eq!(skipped.len(), 3);
+        assert!(skipped.iter().all(Trial::has_ignored_flag));
+        assert!(every.trials(&[]).all(|trial| !trial.has_ignored_flag()));
     }
 }

@@ -55,6 +55,13 @@ impl Builder {
         self
     }
 
+    /// Puts it back.
+    #[must_use]
+    pub fn with_api(mut self) -> Self {
+        self.api = true;
+        self
+    }
+
     /// Gives the VMM a standard input, on which the guest's console is typed. Without it there is none.
     #[must_use]
     pub fn with_input(mut self) -> Self {

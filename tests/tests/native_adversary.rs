@@ -14,6 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use lepton_tests::metal::{Metal, pattern, results};
+use lepton_tests::origin::Origin;
 use lepton_tests::suite::{self, Need, Order};
 use lepton_tests::tap::Tap;
 use lepton_tests::test;
@@ -25,10 +26,10 @@ fn main() -> ExitCode {
         Order::OneByOne,
         &[Need::Kvm, Need::File("LEPTON_ADVERSARY")],
         [
-            test!(drives_and_sockets_hold),
-            test!(drives_with_io_uring_and_sockets_hold),
-            test!(interfaces_hold).needs(Need::Root),
-            test!(resets_under_load_hold),
+            test!(drives_and_sockets_hold).of_every_origin(),
+            test!(drives_with_io_uring_and_sockets_hold).of_every_origin(),
+            test!(interfaces_hold).needs(Need::Root).of_every_origin(),
+            test!(resets_under_load_hold).of_every_origin(),
         ],
     )
 }
@@ -125,7 +126,12 @@ fn attack(
     interface: Option<(&str, &str)>,
     meanwhile: impl Fn(&Path),
 ) {
-    let seconds = number("LEPTON_ATTACK_SECONDS", 4);
+    // A copy is attacked for half as long: what it does not have in common with a machine that booted is little.
+    let default = match Origin::current() {
+        Origin::Booted => 4,
+        Origin::Restored | Origin::Cloned => 2,
+    };
+    let seconds = number("LEPTON_ATTACK_SECONDS", default);
     let seed = number("LEPTON_ATTACK_SEED", 1);
     let mut metal = Metal::new(
         "LEPTON_ADVERSARY",
@@ -199,10 +205,11 @@ fn attack(
     let size = fs::metadata(&scratch).expect("a file").len();
     assert_eq!(size, 8 << 20, "a drive changed its size");
     eprintln!(
-        "{cases} attacks in {:.1} s ({:.2} million a minute), seed {seed}, {engine} {arguments}: {}; {peak} KiB resident \
+        "{cases} attacks in {:.1} s ({:.2} million a minute), seed {seed}, {:?}, {engine} {arguments}: {}; {peak} KiB resident \
          at most, {} KiB of log",
         elapsed.as_secs_f64(),
         cases as f64 / elapsed.as_secs_f64() * 60e-6,
+        Origin::current(),
         verdict["verdict"],
         text.len() >> 10
     );

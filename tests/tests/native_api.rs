@@ -4,6 +4,7 @@ use std::fs;
 use std::process::{Command, ExitCode};
 
 use lepton_tests::guest::{Entry, Program};
+use lepton_tests::origin::running;
 use lepton_tests::suite::{self, Need, Order};
 use lepton_tests::tap::Tap;
 use lepton_tests::{Vmm, test};
@@ -18,12 +19,12 @@ fn main() -> ExitCode {
             test!(versions),
             test!(machine_config_is_what_was_put_and_patched),
             test!(vm_config_is_what_was_configured_and_boots_again),
-            test!(a_paused_guest_stands_still),
-            test!(pausing_twice_is_no_error),
-            test!(every_vcpu_stops_and_goes_on),
+            test!(a_paused_guest_stands_still).of_every_origin(),
+            test!(pausing_twice_is_no_error).of_every_origin(),
+            test!(every_vcpu_stops_and_goes_on).of_every_origin(),
             test!(what_is_too_early_and_what_is_too_late),
-            test!(ctrl_alt_del_is_typed_until_the_guest_does_not_read),
-            test!(rate_limits_are_patched),
+            test!(ctrl_alt_del_is_typed_until_the_guest_does_not_read).of_every_origin(),
+            test!(rate_limits_are_patched).of_every_origin(),
             test!(a_drive_is_replaced_before_the_start),
             test!(an_interface_and_its_tap)
                 .needs(Need::Root)
@@ -125,8 +126,7 @@ fn vm_config_is_what_was_configured_and_boots_again() {
 }
 
 fn a_paused_guest_stands_still() {
-    let (vmm, mut api, _) = Vmm::with_kernel(&Program::tick());
-    api.start();
+    let (vmm, mut api) = running(&Program::tick(), |_, _| ());
     api.wait_for_more(TICKS, 0);
     for _ in 0..10 {
         api.reach("Paused");
@@ -144,8 +144,7 @@ fn a_paused_guest_stands_still() {
 fn pausing_twice_is_no_error() {
     // A guest that never leaves by itself, and one that sleeps: both are stopped and let go.
     for program in [Program::spin(), Program::halt()] {
-        let (vmm, mut api, _) = Vmm::with_kernel(&program);
-        api.start();
+        let (vmm, mut api) = running(&program, |_, _| ());
         for _ in 0..3 {
             api.reach("Resumed");
             api.reach("Paused");
@@ -161,12 +160,9 @@ fn pausing_twice_is_no_error() {
 }
 
 fn every_vcpu_stops_and_goes_on() {
-    let (vmm, mut api, _) = Vmm::with_kernel(&Program::tick());
-    api.put(
-        "/machine-config",
-        &json!({ "vcpu_count": 32, "mem_size_mib": 64 }),
-    );
-    api.start();
+    let (vmm, mut api) = running(&Program::tick(), |_, config| {
+        config["machine-config"] = json!({ "vcpu_count": 32, "mem_size_mib": 64 });
+    });
     for _ in 0..20 {
         api.wait_for_more(TICKS, 0);
         api.reach("Paused");
@@ -230,8 +226,7 @@ fn what_is_too_early_and_what_is_too_late() {
 }
 
 fn ctrl_alt_del_is_typed_until_the_guest_does_not_read() {
-    let (vmm, mut api, _) = Vmm::with_kernel(&Program::spin());
-    api.start();
+    let (vmm, mut api) = running(&Program::spin(), |_, _| ());
     // This guest never reads its keyboard, whose buffer has room for a few keys.
     let body = json!({ "action_type": "SendCtrlAltDel" }).to_string();
     let mut replies = Vec::new();
@@ -247,11 +242,13 @@ fn ctrl_alt_del_is_typed_until_the_guest_does_not_read() {
 }
 
 fn rate_limits_are_patched() {
-    let (vmm, mut api, kernel) = Vmm::with_kernel(&Program::tick());
-    let drive = json!({ "drive_id": "d", "path_on_host": kernel, "is_root_device": false, "is_read_only": true,
-        "rate_limiter": { "bandwidth": { "size": 1000, "refill_time": 10 }, "ops": { "size": 7, "refill_time": 10 } } });
-    api.put("/drives/d", &drive);
-    api.start();
+    let (vmm, mut api) = running(&Program::tick(), |_, config| {
+        let image = config["boot-source"]["kernel_image_path"].clone();
+        config["drives"] = json!([{
+            "drive_id": "d", "path_on_host": image, "is_root_device": false, "is_read_only": true,
+            "rate_limiter": { "bandwidth": { "size": 1000, "refill_time": 10 }, "ops": { "size": 7, "refill_time": 10 } },
+        }]);
+    });
     let patch = json!({ "drive_id": "d", "rate_limiter": { "bandwidth": { "size": 2000, "refill_time": 20 } } });
     api.patch("/drives/d", &patch);
     let config = api.get("/vm/config");
@@ -261,7 +258,7 @@ fn rate_limits_are_patched() {
         limiter["ops"]["size"], 7,
         "a bucket that is not named stays"
     );
-    let unknown = json!({ "drive_id": "other", "path_on_host": kernel }).to_string();
+    let unknown = json!({ "drive_id": "other", "path_on_host": vmm.path("kernel") }).to_string();
     let message = api.refused("PATCH", "/drives/other", &unknown);
     assert!(message.contains("other"), "{message}");
     vmm.terminate();

@@ -5,7 +5,8 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, ExitCode};
 
-use lepton_tests::guest::{Entry, Program};
+use lepton_tests::guest::Program;
+use lepton_tests::origin::running;
 use lepton_tests::suite::{self, Need, Order};
 use lepton_tests::{PATIENCE, Vmm, programs, test};
 use rustix::process::Signal;
@@ -18,7 +19,9 @@ fn main() -> ExitCode {
         [
             test!(version_and_help),
             test!(what_the_command_line_cannot_mean),
-            test!(signals_end_it_in_order).needs(Need::Kvm),
+            test!(signals_end_it_in_order)
+                .needs(Need::Kvm)
+                .of_every_origin(),
             test!(a_signal_before_the_start),
             test!(a_machine_that_cannot_start_leaves_no_socket).needs(Need::Kvm),
             test!(a_socket_in_use_is_refused_and_left_alone),
@@ -100,14 +103,10 @@ fn what_the_command_line_cannot_mean() {
 
 fn signals_end_it_in_order() {
     for (signal, code) in [(Signal::TERM, 143), (Signal::INT, 130), (Signal::HUP, 156)] {
-        let (vmm, mut api) = Vmm::with_api();
-        let kernel = Program::spin().write(vmm.directory(), Entry::Linux64);
-        api.configure(&json!({
-            "boot-source": { "kernel_image_path": kernel },
-            "machine-config": { "vcpu_count": 2, "mem_size_mib": 64 },
-            "vsock": { "guest_cid": 3, "uds_path": vmm.path("v.sock") },
-        }));
-        api.start();
+        let (vmm, _api) = running(&Program::spin(), |folder, config| {
+            config["machine-config"]["vcpu_count"] = 2.into();
+            config["vsock"] = json!({ "guest_cid": 3, "uds_path": folder.join("v.sock") });
+        });
         assert!(fs::exists(vmm.path("v.sock")).unwrap_or(false));
         vmm.signal(signal);
         // That both sockets are gone is checked for every end.

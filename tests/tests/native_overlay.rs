@@ -19,7 +19,7 @@ fn main() -> ExitCode {
         Order::Together,
         &[Need::Kvm, Need::File("LEPTON_PROBE")],
         [
-            test!(machines_over_one_base_see_only_their_own_writes),
+            test!(machines_over_one_base_see_only_their_own_writes).of_every_origin(),
             test!(what_was_flushed_is_there_after_sigkill),
             test!(what_was_written_without_flushes_is_there_after_sigkill),
             test!(it_is_saved_and_goes_on_elsewhere),

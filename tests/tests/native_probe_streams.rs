@@ -20,13 +20,19 @@ fn main() -> ExitCode {
         Order::Together,
         &[Need::Kvm, Need::File("LEPTON_PROBE")],
         [
-            test!(frames_that_it_sends_arrive).needs(Need::Root),
-            test!(segments_that_it_sends_are_cut).needs(Need::Root),
-            test!(frames_that_it_is_sent_are_counted).needs(Need::Root),
-            test!(frames_come_back).needs(Need::Root),
-            test!(what_it_streams_arrives),
-            test!(what_it_is_streamed_it_checks),
-            test!(the_host_connects_and_streams_come_back),
+            test!(frames_that_it_sends_arrive)
+                .needs(Need::Root)
+                .of_every_origin(),
+            test!(segments_that_it_sends_are_cut)
+                .needs(Need::Root)
+                .of_every_origin(),
+            test!(frames_that_it_is_sent_are_counted)
+                .needs(Need::Root)
+                .of_every_origin(),
+            test!(frames_come_back).needs(Need::Root).of_every_origin(),
+            test!(what_it_streams_arrives).of_every_origin(),
+            test!(what_it_is_streamed_it_checks).of_every_origin(),
+            test!(the_host_connects_and_streams_come_back).of_every_origin(),
         ],
     )
 }

@@ -8,6 +8,7 @@
 
 pub mod arguments;
 pub mod boot;
+pub mod copied;
 pub mod memory;
 pub mod port;
 pub mod random;

@@ -4,7 +4,7 @@ use core::arch::asm;
 
 use super::queue::Queue;
 use super::{EVENT_IDX, VERSION_1};
-use crate::arguments;
+use crate::{arguments, copied};
 
 /// Offsets of registers.
 pub mod register {
@@ -199,9 +199,10 @@ impl Mmio {
         self.write(register::QUEUE_READY, 1);
     }
 
-    /// Starts the device.
+    /// Starts the device. A machine that is to be copied is, then.
     pub fn start(self) {
         let status = self.status();
         self.write(register::STATUS, status | status::DRIVER_OK);
+        copied::wait();
     }
 }

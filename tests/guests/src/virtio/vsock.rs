@@ -84,6 +84,8 @@ impl Header {
 
 const QUEUE_SIZE: u16 = 128;
 const RX_SIZE: u64 = 4096;
+/// Bytes of an event (VIRTIO 1.3, 5.10.6.7).
+const EVENT: u64 = 4;
 
 /// A socket device.
 pub struct Vsock {
@@ -91,8 +93,8 @@ pub struct Vsock {
     cid: u64,
     rx: Receiver,
     tx: Queue,
-    /// Kept so that the device may write to it; nothing comes of it.
-    _events: Queue,
+    /// Nothing comes of what the device says here but that it was read.
+    events: Receiver,
     places: Places,
 }
 
@@ -115,10 +117,11 @@ impl Vsock {
             // A header and its data take two descriptors.
             places: Places::new(tx.size() / 2, HEADER + size),
             tx,
-            _events: events,
+            events: Receiver::new(events, EVENT),
         };
         device.start();
         vsock.rx.publish();
+        vsock.events.publish();
         vsock
     }
 
@@ -134,6 +137,10 @@ impl Vsock {
 
     /// Hands the next packet that came to `each`: header and data. False: none came.
     pub fn receive(&mut self, each: impl FnOnce(&mut Self, Header, Region)) -> bool {
+        if let Some((place, _, _)) = self.events.pop() {
+            self.events.offer(place);
+            self.events.publish();
+        }
         let Some((place, buffer, len)) = self.rx.pop() else {
             return false;
         };

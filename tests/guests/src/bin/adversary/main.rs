@@ -9,6 +9,7 @@
 //! | `seconds` (with `tsc_khz`), or `bursts` | when to stop |
 //! | `first` | the first burst: each follows from the seed and its own number alone |
 //! | `only` | attack in one way: `registers`, `rings`, `requests`, `storm`, `platform` |
+//! | `copied` | wait until the machine is a copy of the one that booted, after the first burst |
 //! | `port` | a vsock port at which the host sends back what it gets |
 //!
 //! A drive that is read-only must hold the probe's pattern of seed 7.

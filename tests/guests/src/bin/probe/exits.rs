@@ -4,7 +4,7 @@ use guest::statistics::Times;
 use guest::time::ticks;
 use guest::virtio::find;
 use guest::virtio::mmio::{Mmio, register};
-use guest::{arguments, port};
+use guest::{arguments, copied, port};
 
 use crate::report::{Bound, Run, refuse};
 
@@ -40,6 +40,7 @@ pub fn run(mode: &str) {
 }
 
 fn repeat(mode: &str, mut exit: impl FnMut()) {
+    copied::wait();
     let mut times = Times::new();
     let bound = Bound::from_arguments(10_000);
     let start = ticks();

@@ -19,7 +19,8 @@
 //! Several modes, with commas between them, share their arguments.
 //!
 //! All that repeat something do so `count` times, or for `seconds` (`tsc_khz` says how long a second is).
-//! `probe.find=acpi` finds the devices by ACPI even if the command line has them. `probe.event_idx=0` does without
+//! `probe.copied=1` waits, as soon as a device is started or else before the mode's work, until the machine is a copy of the one
+//! that booted. `probe.find=acpi` finds the devices by ACPI even if the command line has them. `probe.event_idx=0` does without
 //! that feature, `probe.interrupts=1` asks for interrupts that nobody takes.
 //!
 //! It runs unchanged in other VMMs that boot an ELF file with the PVH entry: Firecracker, and QEMU by
@@ -37,7 +38,7 @@ mod report;
 mod touch;
 mod vsock;
 
-use guest::{arguments, boot, program, say};
+use guest::{arguments, boot, copied, program, say};
 
 program!(main);
 
@@ -50,6 +51,7 @@ fn run(mode: &str) {
     match mode {
         "reset" => {}
         "idle" => {
+            copied::wait();
             say!("PROBE {{\"mode\":\"idle\"}}");
             boot::halt()
         }

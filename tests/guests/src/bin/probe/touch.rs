@@ -3,7 +3,7 @@
 use guest::memory::{self, Region};
 use guest::statistics::Times;
 use guest::time::ticks;
-use guest::{arguments, boot, say};
+use guest::{arguments, boot, copied, say};
 
 use crate::report::{Run, refuse};
 
@@ -25,6 +25,7 @@ pub fn run() {
         region.put(offset, region.address() + offset);
         0
     });
+    copied::wait();
     pass("touch_read", wanted, stride, |region, offset| {
         u64::from(region.get::<u64>(offset) != region.address() + offset)
     });
