@@ -428,7 +428,7 @@ impl Receiver {
                 .write_at(memory, NUM_BUFFERS_OFFSET, &count)?;
         }
         self.room -= taken;
-        self.queue.complete_together(&used)?;
+        self.queue.complete_soon(&used)?;
         metrics.rx_packets_count.inc();
         metrics.rx_bytes_count.add(frame.len - HEADER_LEN);
         Ok(taken)

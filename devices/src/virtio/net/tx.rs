@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use lepton_hostio::tap::{MAX_SLICES, Offloads, VNET_HEADER_LEN};
+use vm_memory::VolatileSlice;
 
 use super::backend::Backend;
 use super::frame::{self, ETHERNET_LEN, HEADER_LEN};
@@ -25,9 +26,8 @@ pub(super) struct Transmitter {
 }
 
 /// A frame that may go to the host.
-struct Checked<'m> {
+struct Checked {
     header: [u8; VNET_HEADER_LEN],
-    body: Slices<'m>,
     len: u64,
     is_spoofed: bool,
 }
@@ -67,6 +67,7 @@ impl Transmitter {
         }
         let memory = Arc::clone(self.queue.memory());
         let (offloads, mac) = (self.offloads, self.mac);
+        let mut body = Slices::new();
         let mut found = false;
         let mut bytes = 0u64;
         let progress = self.queue.drain(FRAMES_PER_TURN, |queue, chain| {
@@ -75,7 +76,7 @@ impl Transmitter {
                 queue.undo_pop(chain);
                 return Ok(Flow::Stop);
             }
-            match check(&memory, &chain, offloads, mac)? {
+            match check(&memory, &chain, offloads, mac, &mut body)? {
                 Some(frame) if !limiter.try_take(frame.len) => {
                     metrics.tx_rate_limiter_throttled.inc();
                     queue.undo_pop(chain);
@@ -83,11 +84,11 @@ impl Transmitter {
                 }
                 Some(frame) => {
                     bytes += frame.len;
-                    send(backend, &frame, metrics);
+                    send(backend, &frame, &body, metrics);
                 }
                 None => metrics.tx_malformed_frames.inc(),
             }
-            queue.complete(chain.head(), 0)?;
+            queue.complete_soon(&[(chain.head(), 0)])?;
             Ok(Flow::Continue)
         })?;
         if !found {
@@ -100,13 +101,15 @@ impl Transmitter {
     }
 }
 
-/// Parses one chain. None: it is no frame, or not one that was negotiated.
+/// Parses one chain. What follows its virtio header is then in `body`. None: it is no frame, or not one that was
+/// negotiated.
 fn check<'m>(
     memory: &'m Memory,
     chain: &Chain,
     offloads: Offloads,
     mac: Mac,
-) -> Result<Option<Checked<'m>>, QueueError> {
+    body: &mut Slices<'m>,
+) -> Result<Option<Checked>, QueueError> {
     let buffer = &chain.readable;
     if !chain.writable.is_empty() || buffer.len() < HEADER_LEN + ETHERNET_LEN {
         guest_warn!(
@@ -116,7 +119,7 @@ fn check<'m>(
         );
         return Ok(None);
     }
-    let mut body = buffer.slices(memory, 0..buffer.len())?;
+    buffer.slices_into(memory, 0..buffer.len(), body)?;
     // A copy: the driver cannot change it between this check and the host's use.
     let mut peek = [0; PEEK_LEN];
     match body.first() {
@@ -141,7 +144,7 @@ fn check<'m>(
                 *first = rest;
             }
         }
-        _ => body = buffer.slices(memory, HEADER_LEN..buffer.len())?,
+        _ => buffer.slices_into(memory, HEADER_LEN..buffer.len(), body)?,
     }
     if body.len() > MAX_SLICES {
         guest_warn!("virtio-net: a frame in {} pieces dropped", body.len());
@@ -149,18 +152,22 @@ fn check<'m>(
     }
     Ok(Some(Checked {
         header,
-        body,
         len,
         is_spoofed: mac != [a, b, c, d, e, f],
     }))
 }
 
 /// A network loses frames: one that the host does not take now is lost.
-fn send<B: Backend>(backend: &mut B, frame: &Checked<'_>, metrics: &NetMetrics) {
+fn send<B: Backend>(
+    backend: &mut B,
+    frame: &Checked,
+    body: &[VolatileSlice<'_>],
+    metrics: &NetMetrics,
+) {
     if frame.is_spoofed {
         metrics.tx_spoofed_mac_count.inc();
     }
-    match backend.write_frame(&frame.header, &frame.body) {
+    match backend.write_frame(&frame.header, body) {
         Ok(()) => {
             metrics.tx_count.inc();
             metrics.tx_packets_count.inc();

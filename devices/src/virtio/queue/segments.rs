@@ -17,10 +17,11 @@ pub struct Segment {
     pub len: u32,
 }
 
-/// The buffers of one direction of a chain, as one run of bytes.
+/// The buffers of one direction of a chain, as one run of bytes. Small, because chains are moved: most have one or two
+/// segments in a direction.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Segments {
-    list: SmallVec<[Segment; 4]>,
+    list: SmallVec<[Segment; 2]>,
     len: u64,
 }
 
@@ -80,6 +81,18 @@ impl Segments {
         range: Range<u64>,
     ) -> Result<Slices<'m>, QueueError> {
         let mut slices = Slices::new();
+        self.slices_into(memory, range, &mut slices)?;
+        Ok(slices)
+    }
+
+    /// The same in the place of what `slices` held.
+    pub fn slices_into<'m>(
+        &self,
+        memory: &'m Memory,
+        range: Range<u64>,
+        slices: &mut Slices<'m>,
+    ) -> Result<(), QueueError> {
+        slices.clear();
         for segment in self.clip(range)? {
             // Nearly always a segment lies in one region, which is cheaper to find out than to iterate.
             if let Ok(slice) = memory.get_slice(segment.addr, segment.len as usize) {
@@ -92,7 +105,7 @@ impl Segments {
                 .map_err(memory_error)?;
             slices.extend(found);
         }
-        Ok(slices)
+        Ok(())
     }
 
     /// Copies `buf.len()` bytes from `offset` of the buffer into `buf`.
