@@ -4,18 +4,21 @@
 //! chain ends, its length fits 32 bits, and its head is not in flight already. Whatever is not so is a
 //! [`QueueError`], after which the device needs a reset.
 
+mod linger;
 mod rings;
 mod segments;
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
+use std::time::Instant;
 
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use self::linger::{Linger, Pass};
 use self::rings::{Rings, Table};
-pub use self::segments::{Segment, Segments, Slices};
+pub use self::segments::{Chain, Segment, Segments, Slices};
 use super::device::{DeviceError, Progress};
 use super::interrupt::Interrupt;
 use super::state::QueuePosition;
@@ -88,23 +91,6 @@ fn memory_error(error: vm_memory::GuestMemoryError) -> QueueError {
     QueueError::Memory(error.to_string())
 }
 
-/// One buffer the driver made available: what the device may read, then what it may write.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Chain {
-    head: u16,
-    /// Bytes from the driver.
-    pub readable: Segments,
-    /// Room for bytes to the driver.
-    pub writable: Segments,
-}
-
-impl Chain {
-    /// Index of the first descriptor, which names the chain in the used ring.
-    pub fn head(&self) -> u16 {
-        self.head
-    }
-}
-
 /// What to do after one chain of [`VirtQueue::drain`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Flow {
@@ -132,6 +118,8 @@ pub struct VirtQueue {
     signalled: u16,
     /// The used index that the driver sees.
     published: u16,
+    /// None: the driver always kicks.
+    linger: Option<Linger>,
     /// Where what the device writes is noted. All it writes goes into chains popped here and into the used ring.
     dirty: Option<Arc<DirtyPages>>,
 }
@@ -161,6 +149,7 @@ impl VirtQueue {
             in_flight,
             signalled,
             published: signalled,
+            linger: None,
             dirty: None,
         })
     }
@@ -169,6 +158,14 @@ impl VirtQueue {
     #[must_use]
     pub fn tracked(mut self, dirty: Option<Arc<DirtyPages>>) -> Self {
         self.dirty = dirty;
+        self
+    }
+
+    /// Lets [`VirtQueue::drain`] wait a moment for drivers that come back quickly. For devices whose work on a chain is
+    /// done when they have been handed it.
+    #[must_use]
+    pub fn lingering(mut self) -> Self {
+        self.linger = Some(Linger::default());
         self
     }
 
@@ -204,6 +201,8 @@ impl VirtQueue {
             // Every pass ends with a signal.
             signalled: _,
             published: _,
+            // How fast the driver was says nothing of how fast it will be.
+            linger: _,
             // The memory's affair.
             dirty: _,
         } = self;
@@ -433,6 +432,10 @@ impl VirtQueue {
         each: &mut impl FnMut(&mut Self, Chain) -> Result<Flow, QueueError>,
     ) -> Result<Progress, QueueError> {
         let mut left = budget;
+        let pass = self
+            .linger
+            .as_mut()
+            .map(|linger| linger.begin(Instant::now()));
         loop {
             self.disable_kicks()?;
             while let Some(chain) = self.pop()? {
@@ -447,10 +450,25 @@ impl VirtQueue {
                 }
             }
             self.signal()?;
+            if self.comes_back(pass.as_ref())? {
+                continue;
+            }
             if !self.enable_kicks()? {
+                if let Some(linger) = &mut self.linger {
+                    linger.end(Instant::now());
+                }
                 return Ok(Progress::Done);
             }
         }
+    }
+
+    /// Waits for another chain if that is worth it. Whether one came.
+    fn comes_back(&mut self, pass: Option<&Pass>) -> Result<bool, QueueError> {
+        let (Some(linger), Some(pass)) = (&mut self.linger, pass) else {
+            return Ok(false);
+        };
+        let next = self.queue.next_avail();
+        linger.wait(pass, Instant::now, || Ok(self.rings.avail_index()? != next))
     }
 
     fn mark_in_flight(&mut self, head: u16) -> Result<(), QueueError> {

@@ -409,7 +409,11 @@ impl VirtioDevice for Block {
         self.backend.durable_writes = self.features & flush != 0 && features & flush == 0;
         self.active = Some(Active {
             memory,
-            queue,
+            queue: match self.engine {
+                // What was taken is done, so that nobody waits for what is started later.
+                Engine::Sync => queue.lingering(),
+                Engine::Async(_) => queue,
+            },
             interrupt,
             rules: Rules {
                 sectors: self.backend.image.sectors(),

@@ -35,7 +35,7 @@ struct Checked {
 impl Transmitter {
     pub(super) fn new(queue: VirtQueue, features: u64, mac: Mac) -> Self {
         Transmitter {
-            queue,
+            queue: queue.lingering(),
             offloads: frame::from_driver(features),
             mac,
         }

@@ -1,4 +1,4 @@
-//! The buffers of a chain.
+//! A chain and its buffers.
 
 use std::ops::Range;
 
@@ -7,6 +7,23 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::{QueueError, memory_error};
 use crate::Memory;
+
+/// One buffer the driver made available: what the device may read, then what it may write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain {
+    pub(super) head: u16,
+    /// Bytes from the driver.
+    pub readable: Segments,
+    /// Room for bytes to the driver.
+    pub writable: Segments,
+}
+
+impl Chain {
+    /// Index of the first descriptor, which names the chain in the used ring.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+}
 
 /// A contiguous run of guest-physical bytes inside guest memory, never empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -358,7 +358,8 @@ proptest! {
                     used.push((head, 7));
                     last = last.filter(|chain| chain.head() != head);
                 }
-                Step::Undo => {
+                // In a full ring the place of what was taken has been filled anew.
+                Step::Undo if offered.len() < 8 => {
                     if let Some(chain) = last.take() {
                         in_flight.retain(|head| *head != chain.head());
                         offered.push_front(chain.head());
@@ -369,7 +370,7 @@ proptest! {
                     driver.queues[0].write_descriptor(at, descriptor);
                     direct[usize::from(at)] = descriptor;
                 }
-                Step::Publish(_) | Step::Complete(_) => {}
+                Step::Publish(_) | Step::Complete(_) | Step::Undo => {}
             }
             prop_assert_eq!(driver.queues[0].used(), std::mem::take(&mut used));
         }
