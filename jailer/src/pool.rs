@@ -227,6 +227,12 @@ impl Pool {
             .chain(clients)
             .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
             .collect();
+        // While there is room for no more, those who wait outside are not looked at again and again.
+        if self.clients.len() >= MAX_CLIENTS
+            && let Some(outside) = polled.get_mut(1)
+        {
+            *outside = PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::empty());
+        }
         match poll(&mut polled, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(JailError::Pool(error.into())),
@@ -281,9 +287,7 @@ impl Pool {
     }
 
     fn accept(&mut self, listener: &PacketListener) {
-        if self.clients.len() < MAX_CLIENTS
-            && let Ok(Some(socket)) = listener.accept()
-        {
+        if let Ok(Some(socket)) = listener.accept() {
             let mut client = Client {
                 socket,
                 wanted: 0,

@@ -50,8 +50,9 @@ fn tsc_khz(cpuinfo: &str) -> Option<u32> {
 }
 
 /// QEMU's processor: AMD's with virtualization. Without five-level page tables, each level of which costs an emulated
-/// page walk twice under nested paging.
-const PROCESSOR: &str = "max,+svm,+npt,-la57";
+/// page walk twice under nested paging. Without virtual GIF: with it, the lab's kernel was seen to take its timer's interrupt
+/// between VMRUN and STGI, where there can be none, and to panic; and guests ended in triple faults.
+const PROCESSOR: &str = "max,+svm,+npt,-la57,-vgif";
 
 /// Numbers the descriptors have in QEMU.
 mod fd {
