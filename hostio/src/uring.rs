@@ -41,9 +41,9 @@ pub enum PushError {
     /// A buffer is not in guest memory.
     #[error("buffer outside guest memory: {0}")]
     Memory(#[from] GuestMemoryError),
-    /// The offset or length does not fit 63 bits.
+    /// The offset or length does not fit 63 bits, or the files could not be replaced.
     #[error("{0}")]
-    Offset(#[from] io::Error),
+    Io(#[from] io::Error),
 }
 
 /// A finished operation.
@@ -99,6 +99,8 @@ pub struct FileRing {
     slots: Vec<Slot>,
     free: Vec<u16>,
     event: EventFd,
+    /// Which file is in which place is not known.
+    is_mixed: bool,
 }
 
 impl FileRing {
@@ -124,6 +126,7 @@ impl FileRing {
             slots: (0..depth).map(|_| Slot::default()).collect(),
             free: (0..depth).rev().collect(),
             event,
+            is_mixed: false,
         })
     }
 
@@ -237,16 +240,23 @@ impl FileRing {
     }
 
     /// Replaces the files from the first on; the ring has room for as many as it was made for. Call it only with
-    /// nothing in flight.
+    /// nothing in flight. After an error nothing can be queued until a later call succeeds: the kernel may have replaced
+    /// some of them.
     pub fn set_files(&mut self, files: &[&File]) -> io::Result<()> {
         if self.in_flight() > 0 {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
         let fds: Vec<RawFd> = files.iter().map(|file| file.as_raw_fd()).collect();
-        self.ring
-            .submitter()
-            .register_files_update(0, &fds)
-            .map(drop)
+        self.is_mixed = true;
+        let replaced = self.ring.submitter().register_files_update(0, &fds)?;
+        if replaced < fds.len() {
+            return Err(io::Error::other(format!(
+                "io_uring took {replaced} of {} files",
+                fds.len()
+            )));
+        }
+        self.is_mixed = false;
+        Ok(())
     }
 
     fn push_transfer(
@@ -258,7 +268,7 @@ impl FileRing {
         segments: impl IntoIterator<Item = (GuestAddress, usize)>,
     ) -> Result<(), PushError> {
         file_offset(offset)?;
-        let index = *self.free.last().ok_or(PushError::Full)?;
+        let index = self.next_slot()?;
         let slot = slot(&mut self.slots, index)?;
         slot.empty();
         for (addr, len) in segments {
@@ -278,7 +288,7 @@ impl FileRing {
     }
 
     fn push_plain(&mut self, kind: Kind, token: u64, offset: u64) -> Result<(), PushError> {
-        let index = *self.free.last().ok_or(PushError::Full)?;
+        let index = self.next_slot()?;
         slot(&mut self.slots, index)?.operation = Some(Operation {
             kind,
             file: FileNumber::FIRST,
@@ -288,6 +298,13 @@ impl FileRing {
             _memory: None,
         });
         self.queue_free_slot(index)
+    }
+
+    fn next_slot(&self) -> Result<u16, PushError> {
+        if self.is_mixed {
+            return Err(io::Error::other("the files of the ring could not be replaced").into());
+        }
+        self.free.last().copied().ok_or(PushError::Full)
     }
 
     /// Queues the operation in slot `index`, the last of the free ones, which then is free no more.

@@ -124,6 +124,32 @@ fn each_operation_is_for_the_file_it_names() {
 }
 
 #[test]
+fn a_ring_whose_files_were_replaced_in_part_does_nothing_more() {
+    let memory = memory();
+    let files = [image(&[1; 512]), image(&[2; 512])];
+    let [first, second] = files.each_ref().map(TempFile::as_file);
+    let mut ring = FileRing::with_places(&[first, second], 2, 4).unwrap();
+    let part = [(GuestAddress(0), 512)];
+    // The kernel takes the first of them: no ring may have a ring among its files.
+    let other = IoUring::new(2).unwrap();
+    // SAFETY: the ring lives until the end of this function.
+    let other = unsafe { std::os::fd::BorrowedFd::borrow_raw(other.as_raw_fd()) };
+    let other = File::from(other.try_clone_to_owned().unwrap());
+    let error = ring.set_files(&[second, &other]).unwrap_err();
+    assert!(error.to_string().contains("1 of 2"), "{error}");
+    let refused = ring.read(1, (FIRST, 0), &memory, part);
+    assert!(matches!(refused, Err(PushError::Io(_))));
+    assert!(matches!(ring.sync(1), Err(PushError::Io(_))));
+    // More files than there are places: it takes none of them, and it need not be known that it did not.
+    assert!(ring.set_files(&[first, second, first]).is_err());
+    assert!(ring.sync(1).is_err());
+    ring.set_files(&[first, second]).unwrap();
+    ring.read(1, (FIRST, 0), &memory, part).unwrap();
+    assert_eq!(*finish(&mut ring)[&1].as_ref().unwrap(), 512);
+    assert_eq!(memory.read_obj::<u8>(GuestAddress(0)).unwrap(), 1);
+}
+
+#[test]
 fn the_depth_is_a_bound_and_slots_come_back() {
     let file = image(&[5; 4096]);
     let memory = memory();
@@ -152,7 +178,7 @@ fn what_cannot_be_queued_leaves_no_trace() {
     let refused = ring.read(1, (FIRST, 0), &memory, outside);
     assert!(matches!(refused, Err(PushError::Memory(_))));
     let refused = ring.read(1, (FIRST, u64::MAX), &memory, []);
-    assert!(matches!(refused, Err(PushError::Offset(_))));
+    assert!(matches!(refused, Err(PushError::Io(_))));
     assert!(
         ring.allocate(1, Allocation::Deallocate, 0, u64::MAX)
             .is_err()

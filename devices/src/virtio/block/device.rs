@@ -189,10 +189,12 @@ impl Block {
             return Err(BlockError::ReadOnly(image.read_only()));
         }
         self.finish()?;
-        if let Engine::Async(engine) = &mut self.engine {
-            engine
-                .set_image(&image)
-                .map_err(|e| BlockError::Change(e.to_string()))?;
+        if let Engine::Async(engine) = &mut self.engine
+            && let Err(error) = engine.set_image(&image)
+        {
+            // Back to the files of the present one. Should that fail too, all I/O does.
+            drop(engine.set_image(&self.backend.image));
+            return Err(BlockError::Change(error.to_string()));
         }
         let durable_writes = self.backend.durable_writes;
         self.backend = Backend::new(image, self.serial);

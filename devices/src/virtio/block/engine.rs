@@ -71,13 +71,18 @@ pub(super) struct AsyncEngine {
 impl AsyncEngine {
     /// An engine for a queue of up to `queue_size` descriptors: as many requests can be in flight, so it is never full.
     pub(super) fn new(image: &Image, queue_size: u16) -> io::Result<Self> {
+        Self::with_places(image, queue_size, PLACES)
+    }
+
+    /// The same, with room for so many files.
+    pub(super) fn with_places(image: &Image, queue_size: u16, places: u8) -> io::Result<Self> {
         // Reads in several pieces take what is left of twice as many places.
         let depth = match image {
             Image::Raw(_) => queue_size,
             Image::Overlay(_) => queue_size.saturating_mul(2),
         };
         Ok(AsyncEngine {
-            ring: FileRing::with_places(&image.files(), PLACES, depth)?,
+            ring: FileRing::with_places(&image.files(), places, depth)?,
             pending: (0..queue_size).map(|_| None).collect(),
             ended: VecDeque::new(),
             claims: Vec::new(),
@@ -441,7 +446,7 @@ fn now_own(overlay: &mut Overlay, request: &Request) -> Outcome {
 fn refused(chain: Chain, error: PushError) -> Result<Option<(Chain, Outcome)>, QueueError> {
     match error {
         PushError::Memory(error) => Err(QueueError::Memory(error.to_string())),
-        PushError::Offset(error) => Ok(Some((chain, Err(error.into())))),
+        PushError::Io(error) => Ok(Some((chain, Err(error.into())))),
         PushError::Full => Ok(Some((chain, Err(io::Error::other(error).into())))),
     }
 }

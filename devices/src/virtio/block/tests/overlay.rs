@@ -8,7 +8,9 @@ use proptest::prelude::*;
 use super::data::{Step, step};
 use super::*;
 use crate::virtio::block::Successor;
+use crate::virtio::block::engine::AsyncEngine;
 use crate::virtio::block::overlay::{CLUSTER, Chain, Overlay, OverlayError};
+use crate::virtio::block::turn::Engine;
 
 /// Twelve clusters and a half.
 const SECTORS: usize = 100;
@@ -190,6 +192,35 @@ proptest! {
         prop_assert!(rig.image() == model);
         prop_assert!(std::fs::read(&rig.path).unwrap() == base, "the base was written");
     }
+}
+
+#[test]
+fn a_freeze_whose_file_the_ring_does_not_take_ends_all_io() {
+    let mut options = Options::new(EngineKind::Async);
+    options.layers = Some(0);
+    let mut rig = Rig::with(options, &pattern(SECTORS));
+    let write = Ask::write(0, vec![7; SECTOR]);
+    assert_eq!(rig.status_of(&write), status::OK);
+    // Its ring has no place for one more file.
+    let engine = AsyncEngine::with_places(&rig.block.backend.image, 64, 2).unwrap();
+    rig.block.engine = Engine::Async(Box::new(engine));
+    let path = beside(&rig.path, 1);
+    let next = Successor {
+        file: empty(&path),
+        path,
+        reader: None,
+    };
+    let refused = rig.block.freeze(|| Ok(next));
+    assert!(matches!(refused, Err(BlockError::Change(_))));
+    let layer = std::fs::read(beside(&rig.path, 0)).unwrap();
+    for ask in [Ask::write(0, vec![8; SECTOR]), Ask::read(0, 1)] {
+        assert_eq!(rig.status_of(&ask), status::IO_ERROR);
+    }
+    // Nor past the ring: what was frozen may be in others' hands.
+    assert!(rig.overlay().write_bytes(&[8; SECTOR], 0).is_err());
+    assert!(rig.overlay().flush().is_err());
+    assert!(std::fs::read(beside(&rig.path, 0)).unwrap() == layer);
+    assert_eq!(rig.overlay().own_clusters(), 0);
 }
 
 #[test]
