@@ -27,6 +27,8 @@ use super::poller::Readiness;
 use super::stream::HostStream;
 use super::{Cid, HOST_CID, VsockMetrics};
 
+mod to_host;
+
 /// How long the guest may take to answer a REQUEST.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the guest may take to end a connection that the host has left.
@@ -50,6 +52,16 @@ struct Due {
     response: bool,
     shutdown: bool,
     credit_update: bool,
+}
+
+/// What a connection works with when something happens, besides its own state.
+pub struct Turn<'a> {
+    /// The time.
+    pub now: Instant,
+    /// Counters of the device.
+    pub metrics: &'a VsockMetrics,
+    /// For what the host does not take at once.
+    pub spare: &'a mut Spare,
 }
 
 /// What a connection has for the guest next.
@@ -262,15 +274,9 @@ impl<S: HostStream> Connection<S> {
     }
 
     /// Takes a packet from the guest; `data` is its data.
-    pub fn on_packet(
-        &mut self,
-        packet: &Header,
-        data: &[VolatileSlice],
-        now: Instant,
-        metrics: &VsockMetrics,
-        spare: &mut Spare,
-    ) {
+    pub fn on_packet(&mut self, packet: &Header, data: &[VolatileSlice], turn: &mut Turn<'_>) {
         let known = self.take_credit(packet);
+        let now = turn.now;
         match (self.phase, packet.op) {
             // The guest answers what it may have sent before it saw our RST.
             (Phase::Draining | Phase::Closed, _) => {}
@@ -278,7 +284,7 @@ impl<S: HostStream> Connection<S> {
             (Phase::Connecting, Some(Op::Response)) => self.accepted(now),
             (_, Some(Op::Rst)) => self.end(now),
             (Phase::Open, Some(Op::Rw)) => {
-                self.on_data(packet.len, data, now, metrics, spare);
+                self.on_data(packet.len, data, turn);
             }
             (Phase::Open, Some(Op::Shutdown)) => {
                 self.guest = self.guest.or(ShutdownFlags::parse(packet.flags));
@@ -291,13 +297,8 @@ impl<S: HostStream> Connection<S> {
     }
 
     /// Takes news of the host's socket.
-    pub fn on_host(
-        &mut self,
-        ready: Readiness,
-        now: Instant,
-        metrics: &VsockMetrics,
-        spare: &mut Spare,
-    ) {
+    pub fn on_host(&mut self, ready: Readiness, turn: &mut Turn<'_>) {
+        let now = turn.now;
         self.readable |= ready.readable;
         if ready.hung_up {
             if self.phase == Phase::Connecting {
@@ -315,7 +316,7 @@ impl<S: HostStream> Connection<S> {
             );
         }
         if ready.writable {
-            self.flush(now, metrics, spare);
+            self.flush(turn);
         }
     }
 
@@ -377,96 +378,6 @@ impl<S: HostStream> Connection<S> {
             Ok(len) if len == answer.len() => {}
             _ => self.abort(now),
         }
-    }
-
-    fn on_data(
-        &mut self,
-        len: u32,
-        data: &[VolatileSlice],
-        now: Instant,
-        metrics: &VsockMetrics,
-        spare: &mut Spare,
-    ) {
-        if self.guest.send || self.receive.receive(len).is_err() {
-            self.abort(now);
-            return;
-        }
-        if !self.host.receive && self.store(data, metrics, spare).is_err() {
-            metrics.tx_write_fails.inc();
-            self.host_gave_up(
-                ShutdownFlags {
-                    receive: true,
-                    send: false,
-                },
-                now,
-            );
-        }
-        if self.host.receive {
-            // Nobody will read it. The credit is given back, so that the guest gets to see the SHUTDOWN.
-            self.receive.forward(self.receive.held());
-        }
-        self.due.credit_update |= self.receive.update_due();
-    }
-
-    /// Writes `data` to the host, and keeps what it does not take.
-    fn store(
-        &mut self,
-        data: &[VolatileSlice],
-        metrics: &VsockMetrics,
-        spare: &mut Spare,
-    ) -> io::Result<()> {
-        let mut skip = 0;
-        if self.backlog.is_empty() {
-            skip = match self.stream.write_from(data) {
-                Ok(written) => written,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-                Err(error) => return Err(error),
-            };
-            self.forwarded(skip, metrics);
-        }
-        for slice in data {
-            let here = skip.min(slice.len());
-            skip -= here;
-            if here < slice.len() {
-                let rest = slice.offset(here).map_err(io::Error::other)?;
-                self.backlog.push(&rest, spare)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn flush(&mut self, now: Instant, metrics: &VsockMetrics, spare: &mut Spare) {
-        while !self.backlog.is_empty() {
-            match self.stream.write_bytes(self.backlog.bytes()) {
-                Ok(written) if written > 0 => {
-                    self.backlog.consume(written, spare);
-                    self.forwarded(written, metrics);
-                    if self.phase == Phase::Draining {
-                        self.deadline = Some(now + DRAIN_TIMEOUT);
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Ok(_) | Err(_) => {
-                    metrics.tx_flush_fails.inc();
-                    self.host_gave_up(
-                        ShutdownFlags {
-                            receive: true,
-                            send: false,
-                        },
-                        now,
-                    );
-                    return;
-                }
-            }
-        }
-        self.due.credit_update |= self.receive.update_due();
-        self.settle(now);
-    }
-
-    fn forwarded(&mut self, len: usize, metrics: &VsockMetrics) {
-        // At most `buf_alloc` bytes are ever held.
-        self.receive.forward(u32::try_from(len).unwrap_or(u32::MAX));
-        metrics.tx_bytes_count.add(len as u64);
     }
 
     fn host_gave_up(&mut self, what: ShutdownFlags, now: Instant) {

@@ -97,11 +97,20 @@ impl Rig {
         self.send_raw(&header, data);
     }
 
+    fn turn(&mut self) -> (&mut Connection<FakeStream>, Turn<'_>) {
+        let turn = Turn {
+            now: self.now,
+            metrics: &self.metrics,
+            spare: &mut self.spare,
+        };
+        (&mut self.connection, turn)
+    }
+
     fn send_raw(&mut self, header: &Header, data: &[u8]) {
         let mut data = data.to_vec();
         let slices = [VolatileSlice::from(data.as_mut_slice())];
-        self.connection
-            .on_packet(header, &slices, self.now, &self.metrics, &mut self.spare);
+        let (connection, mut turn) = self.turn();
+        connection.on_packet(header, &slices, &mut turn);
     }
 
     fn host(&mut self, readable: bool, writable: bool, hung_up: bool) {
@@ -110,8 +119,8 @@ impl Rig {
             writable,
             hung_up,
         };
-        self.connection
-            .on_host(ready, self.now, &self.metrics, &mut self.spare);
+        let (connection, mut turn) = self.turn();
+        connection.on_host(ready, &mut turn);
     }
 
     fn stream(&mut self) -> &mut FakeStream {
@@ -468,8 +477,8 @@ fn scattered_data_is_cut_anywhere() {
             .map(|part| VolatileSlice::from(part.as_mut_slice()))
             .collect();
         let header = rig.packet(Some(Op::Rw), 0, 9);
-        rig.connection
-            .on_packet(&header, &slices, rig.now, &rig.metrics, &mut rig.spare);
+        let (connection, mut turn) = rig.turn();
+        connection.on_packet(&header, &slices, &mut turn);
         assert_eq!(rig.connection.wants_writable(), room < 9);
         rig.stream().room = 100;
         rig.host(false, true, false);
