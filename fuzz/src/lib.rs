@@ -27,12 +27,14 @@ pub struct Target {
 }
 
 /// All of them, as `targets.txt` lists them.
-pub const TARGETS: [Target; 17] = [
+pub const TARGETS: [Target; 19] = [
     target("http", api::http),
     target("body", api::body),
     target("config-file", api::config_file),
     target("kernel", kernel::kernel),
     target("blk", virtio::blk),
+    target("blk-async", virtio::blk_async),
+    target("blk-overlay", virtio::blk_overlay),
     target("net", virtio::net),
     target("vsock", virtio::vsock),
     target("registers", registers::registers),

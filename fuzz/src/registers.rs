@@ -14,6 +14,7 @@ use lepton_vmm::machine::state::SavedDevice;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::virtio::drive::Form;
 use crate::virtio::host::{Host, Kind};
 
 const MAX_STEPS: usize = 300;
@@ -215,7 +216,7 @@ pub fn registers(data: &[u8]) {
     let Some((&choice, rest)) = data.split_first() else {
         return;
     };
-    let kind = [Kind::Block, Kind::Net, Kind::Vsock][usize::from(choice % 3)];
+    let kind = [Kind::Block(Form::RAW), Kind::Net, Kind::Vsock][usize::from(choice % 3)];
     let mut input = Unstructured::new(rest);
     let mut page = Page::new(kind, TestDriver::new(&[]).memory);
     for _ in 0..MAX_STEPS {
@@ -270,7 +271,7 @@ pub fn device_state(data: &[u8]) {
     let again = encode(&saved).expect("a state that was read");
     assert_eq!(decode::<SavedDevice>(&again).as_ref(), Ok(&saved));
     let kind = match saved.device.kind() {
-        DeviceKind::Block => Kind::Block,
+        DeviceKind::Block => Kind::Block(Form::RAW),
         DeviceKind::Net => Kind::Net,
         DeviceKind::Vsock => Kind::Vsock,
     };

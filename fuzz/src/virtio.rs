@@ -1,6 +1,7 @@
 //! Devices, by drivers that do what they like: chains well made or not, rings and descriptors written over, kicks and
 //! events in any order, resets. Afterwards a driver that follows the rules has to find the device working.
 
+pub mod drive;
 mod good;
 pub mod host;
 
@@ -8,6 +9,7 @@ use std::collections::HashMap;
 use std::sync::MutexGuard;
 
 use arbitrary::{Arbitrary, Result, Unstructured};
+use lepton_devices::virtio::block::EngineKind;
 use lepton_devices::virtio::device::{DeviceError, Progress, VirtioDevice};
 use lepton_devices::virtio::testing::{
     Buffer, HOLE_END, HOLE_START, MEMORY_SIZE, RawDescriptor, TestDriver,
@@ -15,6 +17,7 @@ use lepton_devices::virtio::testing::{
 use lepton_devices::virtio::transport::mmio::{SharedDevice, lock};
 use vm_memory::{Bytes, GuestAddress};
 
+use drive::Form;
 use host::{Host, Kind};
 
 /// Rings are small, so that they go round.
@@ -332,13 +335,45 @@ fn run(kind: Kind, data: &[u8]) {
         let _ = rig.device().save();
         assert!(rig.device().positions().is_some());
     }
-    rig.reset(0);
-    good::driver(&mut rig, kind);
+    // Without any feature, and with all of them.
+    for features in [0, u64::MAX] {
+        rig.reset(features);
+        good::driver(&mut rig, kind);
+    }
+    let Rig { device, host, .. } = rig;
+    drop(device);
+    if let Host::Block(drive) = host {
+        drive.check();
+    }
 }
 
-/// virtio-blk.
+/// virtio-blk, a raw image.
 pub fn blk(data: &[u8]) {
-    run(Kind::Block, data);
+    run(Kind::Block(Form::RAW), data);
+}
+
+/// The same by io_uring.
+pub fn blk_async(data: &[u8]) {
+    let form = Form {
+        engine: EngineKind::Async,
+        ..Form::RAW
+    };
+    run(Kind::Block(form), data);
+}
+
+/// virtio-blk, an overlay. The first byte says by which engine.
+pub fn blk_overlay(data: &[u8]) {
+    let Some((&first, data)) = data.split_first() else {
+        return;
+    };
+    let form = Form {
+        is_overlay: true,
+        engine: match first & 1 {
+            0 => EngineKind::Async,
+            _ => EngineKind::Sync,
+        },
+    };
+    run(Kind::Block(form), data);
 }
 
 /// virtio-net.

@@ -9,32 +9,30 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use arbitrary::{Result, Unstructured};
 use lepton_devices::rate_limiter::RateLimiterConfig;
-use lepton_devices::virtio::block::{Block, BlockConfig, CacheType, EngineKind};
 use lepton_devices::virtio::device::VirtioDevice;
 use lepton_devices::virtio::net::{Backend, Net, NetConfig};
 use lepton_devices::virtio::transport::mmio::SharedDevice;
 use lepton_devices::virtio::vsock::{Cid, HOST_CID, Vsock, VsockConfig};
-use lepton_hostio::file::open_disk;
 use lepton_hostio::tap::{Offloads, VNET_HEADER_LEN};
 use tempfile::TempDir;
 use vm_memory::VolatileSlice;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::scratch::{self, Scratch};
+use super::drive::{Drive, Form, SECTORS};
+use crate::scratch;
 
-/// Sectors of a drive.
-pub const SECTORS: u64 = 64;
 /// A guest's context ID.
 pub const GUEST_CID: u64 = 3;
 /// Where a program of the host listens.
 pub const SERVER_PORT: u32 = 52;
 const MAX_STREAMS: usize = 8;
-const QUEUE_SIZE: u16 = 256;
+/// Largest queue of a device.
+pub const QUEUE_SIZE: u16 = 256;
 
 /// Which device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    Block,
+    Block(Form),
     Net,
     Vsock,
 }
@@ -48,7 +46,7 @@ pub struct Wire {
 
 /// The host's side.
 pub enum Host {
-    Block(Scratch),
+    Block(Drive),
     Net(Arc<Mutex<Wire>>),
     Vsock(Sockets),
 }
@@ -122,18 +120,9 @@ impl Host {
     /// A device and what is behind it.
     pub fn make(kind: Kind) -> (SharedDevice, Self) {
         match kind {
-            Kind::Block => {
-                let scratch = Scratch::new(&[]);
-                scratch.file.set_len(SECTORS * 512).expect("memory");
-                let block = Block::new(BlockConfig {
-                    image: open_disk(&scratch.path, false).expect("an image").into(),
-                    serial: None,
-                    cache: CacheType::Writeback,
-                    engine: EngineKind::Sync,
-                    queue_size: QUEUE_SIZE,
-                    rate_limiter: RateLimiterConfig::default(),
-                });
-                (share(block.expect("a drive")), Host::Block(scratch))
+            Kind::Block(form) => {
+                let (device, drive) = Drive::make(form);
+                (device, Host::Block(drive))
             }
             Kind::Net => {
                 let wire = Arc::<Mutex<Wire>>::default();
@@ -162,7 +151,7 @@ impl Host {
     pub fn header(&self, kind: Kind, input: &mut Unstructured<'_>) -> Result<Vec<u8>> {
         let mut header = Vec::new();
         match kind {
-            Kind::Block => {
+            Kind::Block(_) => {
                 // Type, reserved, sector (VIRTIO 1.3, 5.2.6).
                 let types = [0, 1, 4, 8, 11, 13, input.arbitrary::<u8>()?];
                 header.extend(u32::from(*input.choose(&types)?).to_le_bytes());
@@ -211,7 +200,7 @@ impl Host {
     /// Something happens.
     pub fn act(&mut self, what: u8, bytes: &[u8]) {
         match self {
-            Host::Block(_) => {}
+            Host::Block(drive) => drive.act(what),
             Host::Net(wire) => {
                 let mut frame = vec![0; VNET_HEADER_LEN];
                 frame.extend(bytes);
