@@ -4,6 +4,7 @@
 //!   skipped, says so on a line that begins with `SKIPPED:`, and counts as ignored.
 //! - [`vmm`]: a `lepton-vmm` in a directory of its own, its API, its output, its end.
 //! - [`jail`]: the same in a jail of `lepton-jailer`.
+//! - [`groups`]: what becomes of the control groups of such a one, on whatever host.
 //! - [`guest`]: kernels of a few instructions, made without an assembler. `native_*` tests run them on any KVM.
 //! - [`metal`]: programs for bare metal, from `tests/guests/`. `native_*` tests run them on any KVM, too.
 //! - [`origin`]: machines that boot, are loaded from a snapshot, or are clones, for the same tests.
@@ -13,8 +14,10 @@
 //! Nothing sleeps to let something else happen: whoever waits, waits for an event, with a deadline.
 
 pub mod api;
+pub mod arp;
 pub mod capture;
 pub mod counting;
+pub mod groups;
 pub mod guest;
 pub mod heir;
 pub mod host_socket;

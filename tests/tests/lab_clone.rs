@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
 
 use lepton_agent::client::{ExitStatus, Output};
+use lepton_tests::arp::Ear;
 use lepton_tests::heir::{Heir, clone, unique_things};
 use lepton_tests::linux::{self, Linux};
 use lepton_tests::sparse::lay_over;
@@ -275,6 +276,7 @@ fn copies_are_others_before_they_speak() {
             child
         })
         .collect();
+    let mut ear = Ear::new();
     clone(&mut guest, &children);
     let mut family: Vec<Linux> = heirs.map(Heir::linux).into();
 
@@ -319,6 +321,8 @@ fn copies_are_others_before_they_speak() {
         );
         assert!(!routes.contains(nets[0]), "{routes}");
         child.sh(&format!("ping -c 1 -W 20 {}.1", nets[number]));
+        // Its neighbours were told, without having asked.
+        ear.wait_for(&mac(number), &format!("{}.2", nets[number]));
         // Nobody but itself was ever heard there.
         let heard = std::process::Command::new("ip")
             .args(["neigh", "show", "dev", taps[number].name()])

@@ -10,6 +10,7 @@ mod user;
 
 use std::process::ExitCode;
 
+use lepton_tests::groups::*;
 use lepton_tests::suite::{self, Need, Order};
 use lepton_tests::test;
 
@@ -44,7 +45,9 @@ fn main() -> ExitCode {
             test!(the_vmm_has_no_privileges).needs(Need::Root),
             test!(nothing_is_inherited).needs(Need::Root),
             test!(limits_are_set).needs(Need::Root),
-            test!(groups_have_their_values_and_go_with_the_vmm).needs(Need::Root),
+            test!(groups_of_version_1_have_their_values_and_go_with_the_vmm).needs(Need::Root),
+            test!(groups_of_version_2_have_their_values_and_go_with_the_vmm).needs(Need::Root),
+            test!(a_group_of_version_2_is_joined).needs(Need::Root),
             test!(a_daemon_has_no_terminal).needs(Need::Root),
             test!(a_pid_namespace_of_its_own).needs(Need::Root),
             test!(a_daemon_with_both).needs(Need::Root),

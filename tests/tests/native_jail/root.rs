@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use lepton_tests::guest::{Entry, Program};
-use lepton_tests::jail::{GID, Jail, Jailed, UID, wait_until_gone};
+use lepton_tests::jail::{GID, Jail, Jailed, UID};
 use rustix::io::FdFlags;
 use rustix::process::Signal;
 use serde_json::json;
@@ -182,59 +182,6 @@ pub fn limits_are_set() {
         limit(&vmm, "Max file size")[..2],
         ["250000000", "250000000"]
     );
-}
-
-pub fn groups_have_their_values_and_go_with_the_vmm() {
-    let hierarchy = Path::new("/sys/fs/cgroup");
-    if !hierarchy.join("cpu/tasks").exists() || !hierarchy.join("memory/tasks").exists() {
-        eprintln!("SKIPPED: groups_have_their_values_and_go_with_the_vmm: no cgroup v1 here");
-        return;
-    }
-    let parent = format!("lepton-test-{}-groups/nested", std::process::id());
-    let settings = [
-        ("cpu", "cpu.shares", "20"),
-        ("memory", "memory.limit_in_bytes", "268435456"),
-        ("cpuset", "cpuset.cpus", "0"),
-    ];
-    for (options, signal) in [
-        (&[][..], Signal::KILL),
-        (&[], Signal::TERM),
-        (&["--daemonize"], Signal::KILL),
-        (&["--new-pid-ns"], Signal::KILL),
-    ] {
-        let cgroups = settings.map(|(_, file, value)| format!("{file}={value}"));
-        let cgroups = cgroups.iter().flat_map(|setting| ["--cgroup", setting]);
-        let jail = Jail::as_another_user()
-            .options(["--parent-cgroup", &parent])
-            .options(options)
-            .options(cgroups);
-        let vmm = if options.is_empty() {
-            jail.spawn()
-        } else {
-            jail.detach()
-        };
-        assert_eq!(vmm.api().state(), "Not started");
-        let membership = vmm.proc("cgroup");
-        let groups = settings.map(|(name, file, value)| {
-            let group = hierarchy.join(name).join(&parent).join("vm-1");
-            let found = fs::read_to_string(group.join(file)).expect("the group has the file");
-            assert_eq!(found.trim(), value, "{file}");
-            let line = format!("{name}:/{parent}/vm-1");
-            assert!(membership.contains(&line), "{line}\n{membership}");
-            let tasks = fs::read_to_string(group.join("cgroup.procs")).expect("the group's");
-            assert_eq!(tasks.trim(), vmm.pid.to_string(), "only the VMM is in it");
-            group
-        });
-        vmm.signal(signal);
-        for group in groups {
-            wait_until_gone(&group);
-        }
-    }
-    for (name, _, _) in settings {
-        let nested = hierarchy.join(name).join(&parent);
-        fs::remove_dir(&nested).expect("the group above is left, and empty");
-        fs::remove_dir(nested.parent().expect("it is nested")).expect("it is empty");
-    }
 }
 
 pub fn a_daemon_has_no_terminal() {
