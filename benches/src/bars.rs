@@ -46,6 +46,8 @@ const BARS: &[Bar] = &[
     bar("clone.pause-128m", ITSELF, 1.0),
     bar("clone.pause-1g", ITSELF, 5.0),
     bar("clone.hundred", ITSELF, 150.0),
+    bar("confinement.added", ITSELF, 2.0),
+    bar("confinement.reads-kept", ITSELF, 0.97),
     bar("exits.port-write", "floor-split", 1.05),
     bar("exits.mmio-write", "floor-split", 1.05),
     bar("exits.mmio-read", "floor-split", 1.05),

@@ -217,6 +217,12 @@ pub const BENCHMARKS: &[Benchmark] = &[
         cases: measure::clone::cases,
     },
     Benchmark {
+        name: "confinement",
+        rounds: 51,
+        figures: measure::confinement::FIGURES,
+        cases: measure::confinement::cases,
+    },
+    Benchmark {
         name: "exits",
         rounds: 21,
         figures: &[

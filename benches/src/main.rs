@@ -55,6 +55,10 @@ struct Arguments {
     #[arg(long, value_name = "PATH")]
     probe: Option<PathBuf>,
 
+    /// The jailer, for the benchmark confinement, unless it is beside the VMM
+    #[arg(long, value_name = "PATH")]
+    jailer: Option<PathBuf>,
+
     /// Machines at once, for the benchmark density
     #[arg(long, value_name = "N", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     machines: u32,
@@ -159,6 +163,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode, String> {
         patience: Duration::from_secs(arguments.patience),
         linux: arguments.linux.clone(),
         probe: arguments.probe.clone(),
+        jailer: arguments.jailer.clone(),
         machines: arguments.machines,
         scratch: tempfile::tempdir().map_err(|error| error.to_string())?,
         taps: Default::default(),

@@ -70,6 +70,10 @@ pub struct Cli {
     #[arg(long)]
     pub no_seccomp: bool,
 
+    /// Run with all files in reach, as on a kernel without Landlock. Not for production.
+    #[arg(long, conflicts_with = "allow_path")]
+    pub no_landlock: bool,
+
     /// Folder or file that requests may name once the machine was started; nothing else is then in reach but the folders
     /// of drives. May be repeated [default: /].
     #[arg(long, value_name = "PATH")]

@@ -113,6 +113,9 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         }
     };
     let filters = Arc::new(filters);
+    if cli.no_landlock {
+        reach::keep_files();
+    }
     let host = |what| failure::<io::Error>(ExitCode::Failure, what);
     let inherited = take_descriptors(&cli)?;
     let allow_path = allowed_paths(&cli)?;

@@ -1,7 +1,6 @@
 //! Metrics: Firecracker's form, one line of JSON each time they are flushed, and OpenMetrics on request.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsRawFd, RawFd};
@@ -10,12 +9,16 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use lepton_api::Action;
-use lepton_api::types::{Divergence, MetricsTarget, Shares};
+use lepton_api::types::MetricsTarget;
 use lepton_devices::counters;
 use lepton_devices::metrics::{Counter, MetricGroup};
 use serde_json::{Map, Value, json};
 
 use crate::log::{SinkError, open_sink};
+
+mod open_metrics;
+
+pub use self::open_metrics::{OPEN_METRICS, OpenMetrics};
 
 counters! {
     /// GET requests.
@@ -363,73 +366,9 @@ impl Metrics {
         all
     }
 
-    /// The sums as OpenMetrics text (OpenMetrics 1.0), and what a machine has of its own, if it runs.
-    pub fn open_metrics(
-        &self,
-        id: &str,
-        groups: Groups,
-        divergence: Option<&Divergence>,
-    ) -> String {
-        let mut families: BTreeMap<String, Vec<(String, u64)>> = BTreeMap::new();
-        for (name, group) in self.all(groups) {
-            let (family, device) = match name.split_once('_') {
-                Some((family @ ("block" | "net"), device)) => (family, device),
-                _ => (name.as_str(), ""),
-            };
-            group.visit(&mut |metric, value| {
-                families
-                    .entry(format!("lepton_{family}_{metric}"))
-                    .or_default()
-                    .push((device.to_owned(), value));
-            });
-        }
-        let mut text = String::new();
-        for (family, samples) in families {
-            // Writing to a String cannot fail.
-            let _ = writeln!(text, "# TYPE {family} counter");
-            for (device, value) in samples {
-                let device = match device.as_str() {
-                    "" => String::new(),
-                    device => format!(",device=\"{device}\""),
-                };
-                let _ = writeln!(text, "{family}_total{{id=\"{id}\"{device}}} {value}");
-            }
-        }
-        if let Some(divergence) = divergence {
-            gauges(&mut text, id, divergence);
-        }
-        text.push_str("# EOF\n");
-        text
-    }
-}
-
-/// What of memory and drives is the machine's alone, and what it has in common with others.
-fn gauges(text: &mut String, id: &str, divergence: &Divergence) {
-    let Divergence { memory, drives } = divergence;
-    type Part = fn(&Shares) -> u64;
-    let parts: [(&str, Part); 2] = [
-        ("private", |shares| shares.private_bytes),
-        ("shared", |shares| shares.shared_bytes),
-    ];
-    for (name, part) in parts {
-        if let Some(shares) = memory {
-            let family = format!("lepton_memory_{name}_bytes");
-            // Writing to a String cannot fail.
-            let _ = writeln!(text, "# TYPE {family} gauge\n# UNIT {family} bytes");
-            let _ = writeln!(text, "{family}{{id=\"{id}\"}} {}", part(shares));
-        }
-        if !drives.is_empty() {
-            let family = format!("lepton_block_{name}_bytes");
-            let _ = writeln!(text, "# TYPE {family} gauge\n# UNIT {family} bytes");
-        }
-        for drive in drives {
-            let device = &drive.drive_id;
-            let value = part(&drive.shares);
-            let _ = writeln!(
-                text,
-                "lepton_block_{name}_bytes{{id=\"{id}\",device=\"{device}\"}} {value}"
-            );
-        }
+    /// The sums, for OpenMetrics.
+    pub fn open_metrics(&self, id: &str, groups: Groups) -> OpenMetrics {
+        OpenMetrics::new(id, self.all(groups))
     }
 }
 
@@ -444,13 +383,8 @@ fn add(line: &mut Map<String, Value>, sum: &str, values: &Map<String, Value>) {
     }
 }
 
-/// Media type of [`Metrics::open_metrics`].
-pub const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-
 #[cfg(test)]
 mod tests {
-    use lepton_api::types::DriveDivergence;
-
     use super::*;
 
     counters! {
@@ -482,32 +416,6 @@ mod tests {
         let line = metrics.json(groups);
         assert_eq!(line["block"]["read_count"], 1);
         assert_eq!(line["put_api_requests"]["drive_fails"], 0);
-    }
-
-    #[test]
-    fn open_metrics_has_sums_one_family_a_metric() {
-        let metrics = Metrics::default();
-        let (a, _, groups) = two_drives();
-        a.read_count.add(3);
-        let shares = Shares {
-            private_bytes: 4096,
-            shared_bytes: 8192,
-        };
-        let divergence = Divergence {
-            memory: Some(shares),
-            drives: vec![DriveDivergence {
-                drive_id: "a".into(),
-                shares,
-            }],
-        };
-        let text = metrics.open_metrics("vm", groups, Some(&divergence));
-        assert!(text.contains("# TYPE lepton_memory_private_bytes gauge\n"));
-        assert!(text.contains("lepton_memory_shared_bytes{id=\"vm\"} 8192\n"));
-        assert!(text.contains("lepton_block_private_bytes{id=\"vm\",device=\"a\"} 4096\n"));
-        let family = "lepton_block_read_count";
-        assert_eq!(text.matches(&format!("# TYPE {family} counter")).count(), 1);
-        assert!(text.contains(&format!("{family}_total{{id=\"vm\",device=\"a\"}} 3\n")));
-        assert!(text.ends_with("# EOF\n"));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use landlock::{
     ABI, Access, AccessFs, BitFlags, PathBeneath, Ruleset, RulesetAttr, RulesetCreatedAttr,
@@ -22,6 +23,14 @@ const KNOWN: ABI = ABI::V6;
 const FILES: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
     ReadFile | WriteFile | Truncate | ReadDir | MakeReg | RemoveFile | IoctlDev
 });
+
+/// Set by [`keep_files`].
+static KEPT: AtomicBool = AtomicBool::new(false);
+
+/// Lets no thread of this process give anything up, for `--no-landlock`. To be called before there are others.
+pub fn keep_files() {
+    KEPT.store(true, Ordering::Relaxed);
+}
 
 /// Files could not be given up.
 #[derive(Debug, thiserror::Error)]
@@ -115,7 +124,7 @@ impl Reach {
         let Reach { rules, mut within } = self;
         if !restrict(rules)? {
             log::warn!(
-                "this kernel has no Landlock: what a guest could do to this process, it could do to any file"
+                "there is no Landlock: what a guest could do to this process, it could do to any file"
             );
         }
         within.sort();
@@ -140,6 +149,9 @@ pub fn give_up_files() -> Result<(), ReachError> {
 
 /// Whether the kernel does it.
 fn restrict(rules: Vec<PathBeneath<OwnedFd>>) -> Result<bool, RulesetError> {
+    if KEPT.load(Ordering::Relaxed) {
+        return Ok(false);
+    }
     let status = Ruleset::default()
         .handle_access(AccessFs::from_all(KNOWN))?
         .scope(Scope::AbstractUnixSocket)?

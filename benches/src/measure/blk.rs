@@ -78,20 +78,34 @@ pub fn cases(context: &Context) -> Vec<Case<'_>> {
     for_each_load(context, &LOADS, |load| load.figures, run)
 }
 
-fn run(context: &Context, side: &Side, load: &Load) -> Result<Vec<Reading>, Failure> {
+/// 4 KiB random reads a second, one at a time, by the engine Sync.
+pub fn reads(context: &Context, side: &Side) -> Result<f64, Failure> {
+    probe(context, side, RANDOM_1, Engine::Sync)?.rate()
+}
+
+fn probe(
+    context: &Context,
+    side: &Side,
+    arguments: &str,
+    engine: Engine,
+) -> Result<probe::Run, Failure> {
     let path = image(context)?;
-    let arguments = format!("{} probe.seconds=1 probe.seed=1", load.arguments);
+    let arguments = format!("{arguments} probe.seconds=1 probe.seed=1");
     let drive = Drive {
         path,
         root: false,
         read_only: false,
-        engine: load.engine,
+        engine,
     };
     let with = |machine: &mut Machine| {
         machine.drives.push(drive);
         Ok(())
     };
-    let run = probe::run(context, side, &arguments, with, |_| Ok(()))?;
+    probe::run(context, side, &arguments, with, |_| Ok(()))
+}
+
+fn run(context: &Context, side: &Side, load: &Load) -> Result<Vec<Reading>, Failure> {
+    let run = probe(context, side, load.arguments, load.engine)?;
     let [rate, processor] = *load.figures;
     let value = match load.in_mib {
         true => run.mib_per_second()?,

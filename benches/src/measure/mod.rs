@@ -3,6 +3,7 @@
 pub mod blk;
 pub mod boot;
 pub mod clone;
+pub mod confinement;
 pub mod density;
 pub mod exits;
 pub mod growth;
@@ -34,6 +35,8 @@ pub struct Context {
     pub linux: boot::Linux,
     /// The probe guest.
     pub probe: Option<PathBuf>,
+    /// The jailer; None: the one beside our VMM.
+    pub jailer: Option<PathBuf>,
     /// How many machines are many.
     pub machines: u32,
     /// A folder that lasts as long as the run.

@@ -12,26 +12,40 @@ use crate::machine::{Engine, Machine};
 use crate::process::{Failure, VMM_LOG};
 
 /// A VMM with Firecracker's command line.
-pub struct Firecracker(PathBuf);
+pub struct Firecracker {
+    program: PathBuf,
+    options: &'static [&'static str],
+}
 
 impl Firecracker {
     /// This program.
     pub fn new(program: &Path) -> Self {
-        Self(program.to_owned())
+        Self::with(program, &[])
+    }
+
+    /// This program with more options.
+    pub fn with(program: &Path, options: &'static [&'static str]) -> Self {
+        Self {
+            program: program.to_owned(),
+            options,
+        }
     }
 
     fn command(&self, folder: &Path) -> Result<Command, Failure> {
         // Firecracker wants the file to be there.
         let log = folder.join(VMM_LOG);
         std::fs::write(&log, "")?;
-        let mut command = Command::new(&self.0);
-        command.args(["--level", "Error", "--log-path"]).arg(log);
+        let mut command = Command::new(&self.program);
+        command
+            .args(["--level", "Error", "--log-path"])
+            .arg(log)
+            .args(self.options);
         Ok(command)
     }
 }
 
 /// The configuration file, whose keys are also the API's.
-fn configuration(machine: &Machine) -> Value {
+pub(super) fn configuration(machine: &Machine) -> Value {
     let drives: Vec<Value> = machine
         .drives
         .iter()

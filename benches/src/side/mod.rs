@@ -4,6 +4,7 @@
 
 mod cloud_hypervisor;
 mod firecracker;
+mod jailed;
 mod qemu;
 
 use std::io::{self, Write};
@@ -20,6 +21,7 @@ use crate::process::Failure;
 
 pub use cloud_hypervisor::CloudHypervisor;
 pub use firecracker::Firecracker;
+pub use jailed::Jailed;
 pub use qemu::Qemu;
 
 /// The id of our side in results.
@@ -128,6 +130,25 @@ impl Side {
             id: OURS,
             means: Means::Vmm(Box::new(Firecracker::new(&program))),
             program,
+        }
+    }
+
+    /// Our VMM without seccomp and Landlock.
+    pub fn unconfined(program: &Path) -> Self {
+        const OPTIONS: &[&str] = &["--no-seccomp", "--no-landlock"];
+        Self {
+            id: "lepton-unconfined",
+            means: Means::Vmm(Box::new(Firecracker::with(program, OPTIONS))),
+            program: program.to_owned(),
+        }
+    }
+
+    /// Our VMM in a jail.
+    pub fn jailed(program: &Path, jailer: &Path) -> Self {
+        Self {
+            id: "lepton-jailed",
+            means: Means::Vmm(Box::new(Jailed::new(program, jailer))),
+            program: program.to_owned(),
         }
     }
 

@@ -90,11 +90,20 @@ pub fn a_machine_is_not_loaded_as_another_unless_its_guest_confirms() {
     let (loaded, mut loaded_api) = Vmm::quiet();
     let load = json!({
         "snapshot_path": state, "resume_vm": true, "identity": { "timeout_ms": 300 },
-        "vsock_override": { "uds_path": loaded.path("v.sock") },
+        "vsock_override": { "uds_path": loaded.path("v.sock") }, "enable_diff_snapshots": true,
         "mem_backend": { "backend_type": "File", "backend_path": memory, "verify": false },
     });
     let message = loaded_api.refused("PUT", "/snapshot/load", &load.to_string());
     assert!(message.contains("within 300ms"), "{message}");
+    // As of any request, what is deprecated in it is counted.
+    let (_, metrics) = loaded_api.request("GET", "/metrics", "");
+    let counter = "lepton_deprecated_api_deprecated_http_api_calls_total";
+    assert!(
+        metrics
+            .lines()
+            .any(|line| line.starts_with(counter) && line.ends_with(" 1")),
+        "{metrics}"
+    );
     // It has run, and is nobody now: it stands still.
     assert_eq!(loaded_api.state(), "Paused");
     let resume = json!({ "state": "Resumed" }).to_string();

@@ -1,17 +1,16 @@
 //! The request that clones a machine, and the offer of one.
 
-use std::io;
 use std::path::Path;
 use std::sync::mpsc::SyncSender;
 use std::time::Instant;
 
-use lepton_api::types::{CloneMachine, Divergence, Shares};
+use lepton_api::types::CloneMachine;
 use lepton_api::{Action, Fault, Reply};
 
 use super::dispatch::{Controller, Next, console_of, refused};
 use super::held::{Held, Waiting};
 use super::phase::Phase;
-use super::policy::{self, Stage};
+use super::policy::Stage;
 use crate::clone::{self, AdoptError, Adoption, CloneError, Finished, HandOver, Heirs, NewFiles};
 use crate::config::Configuration;
 use crate::config::devices::sharing::SharedDrive;
@@ -51,8 +50,8 @@ impl Controller {
         request: &CloneMachine,
         answer: SyncSender<Result<Reply, Fault>>,
     ) {
-        let begun = policy::allow(self.stage(), &Action::Clone(request.clone()))
-            .map_err(refused)
+        let begun = self
+            .admit(&Action::Clone(request.clone()))
             .and_then(|()| self.begin_clone(request).map_err(fault));
         let hand_over = match begun {
             Ok(hand_over) => hand_over,
@@ -216,21 +215,6 @@ impl Controller {
             alone: adopted.alone,
             new_files: adopted.new_files,
             telling: adopted.telling,
-        })
-    }
-
-    /// GET /vm/divergence: what this machine has of its own, and what in common with others.
-    pub(super) fn divergence(&self) -> io::Result<Divergence> {
-        let memory = match self.phase.ram() {
-            Some(ram) => ram.shares()?,
-            None => None,
-        };
-        Ok(Divergence {
-            memory: memory.map(|shares| Shares {
-                private_bytes: shares.private,
-                shared_bytes: shares.shared,
-            }),
-            drives: self.configuration.devices.divergence(),
         })
     }
 

@@ -1,18 +1,15 @@
 //! From an action to the call that does it, and its answer.
 
 use std::io;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use event_manager::SubscriberOps;
 use lepton_api::types::{
     ActionType, HugePages, InstanceInfo, InstanceState, Logger, Version, VmState,
 };
 use lepton_api::{Action, Fault, Reply};
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::timerfd::TimerFd;
 
 use super::held::Held;
 use super::mailbox::{Mailbox, Message};
@@ -27,7 +24,7 @@ use crate::kvm::{self, Hypervisor};
 use crate::machine::Paused;
 use crate::machine::build::{self, Blueprint, BuildError, Built, Console, Surroundings};
 use crate::memory::small_pages::SmallPages;
-use crate::metrics::{Counted, Groups, Metrics, OPEN_METRICS};
+use crate::metrics::{Counted, Metrics};
 use crate::reach::{Reach, ReachError, Within};
 use crate::vcpu::Stop;
 use crate::vcpu::state::Saveable;
@@ -36,7 +33,6 @@ use crate::vcpu::state::Saveable;
 const API_VERSION: &str = "1.17.0";
 /// What this program calls itself in GET /. Firecracker's clients look at the state beside it, not at this.
 const APP_NAME: &str = "Lepton";
-const METRICS_PERIOD: Duration = Duration::from_secs(60);
 
 /// What the command line says of the machine.
 pub struct Options {
@@ -87,7 +83,7 @@ pub struct Controller {
     pub(super) hypervisor: Option<Hypervisor>,
     /// What KVM can save of a vCPU here, once it was asked.
     pub(super) saveable: Option<Saveable>,
-    metrics: Metrics,
+    pub(super) metrics: Metrics,
     terminal: Option<RawTerminal>,
     /// Where files can be opened, once the machine was started.
     within: Option<Within>,
@@ -134,6 +130,13 @@ impl Controller {
                 reply,
             } if request.identity.is_some() => {
                 self.load_as_another(&request, reply, events);
+                Next::Continue
+            }
+            Message::Request {
+                action: action @ (Action::GetMetrics | Action::GetDivergence),
+                reply,
+            } => {
+                self.tell(&action, reply);
                 Next::Continue
             }
             Message::Identified(result) => self.identified(result),
@@ -204,14 +207,8 @@ impl Controller {
     /// Does one action.
     pub fn execute(&mut self, action: Action, events: &mut Loop) -> Result<Reply, Fault> {
         let counted = Counted::from(&action);
-        if let Some(field) = action.deprecated_field() {
-            log::warn!("a request uses the deprecated field {field}");
-            self.metrics.api.count_deprecated();
-        }
         let sets_machine = action.sets_machine();
-        let result = policy::allow(self.stage(), &action)
-            .map_err(refused)
-            .and_then(|()| self.act(action, events));
+        let result = self.admit(&action).and_then(|()| self.act(action, events));
         if sets_machine && result.is_ok() {
             self.configuration.touch();
         }
@@ -220,6 +217,15 @@ impl Controller {
         }
         self.metrics.api.count(counted, result.is_err());
         result
+    }
+
+    /// What holds for every request: whether it is allowed now, and whether it should be made at all.
+    pub(super) fn admit(&mut self, action: &Action) -> Result<(), Fault> {
+        if let Some(field) = action.deprecated_field() {
+            log::warn!("a request uses the deprecated field {field}");
+            self.metrics.api.count_deprecated();
+        }
+        policy::allow(self.stage(), action).map_err(refused)
     }
 
     pub(super) fn stage(&self) -> Stage {
@@ -240,18 +246,7 @@ impl Controller {
             }),
             Action::GetMachineConfig => Reply::json(configuration.machine()),
             Action::GetVmConfig => Reply::json(&configuration.full()),
-            Action::GetMetrics => Ok(Reply::Text {
-                content_type: OPEN_METRICS,
-                body: self.metrics.open_metrics(
-                    &self.options.id,
-                    self.metric_groups(),
-                    self.divergence().ok().as_ref(),
-                ),
-            }),
-            Action::GetDivergence => self
-                .divergence()
-                .map_err(refused)
-                .and_then(|divergence| Reply::json(&divergence)),
+            Action::GetMetrics | Action::GetDivergence => self.report_of(&action).finish(),
             Action::InstanceStart => self.start(events).map(done).map_err(refused),
             Action::SendCtrlAltDel => self.ctrl_alt_del().map(done),
             Action::FlushMetrics => self.flush_on_request().map(done),
@@ -446,50 +441,6 @@ impl Controller {
         self.phase = phase;
         result
     }
-
-    fn metric_groups(&self) -> Groups {
-        let mut groups = self.configuration.devices.metrics();
-        if let Some(machine) = self.phase.machine() {
-            groups.push(("vcpu".into(), machine.vcpu_metrics().clone()));
-            let bus = machine.bus();
-            let lock = std::sync::PoisonError::into_inner;
-            let serial = bus.serial.lock().unwrap_or_else(lock).metrics();
-            groups.push(("uart".into(), serial));
-            let lock = std::sync::PoisonError::into_inner;
-            let i8042 = bus.i8042.lock().unwrap_or_else(lock).metrics();
-            groups.push(("i8042".into(), i8042));
-        }
-        groups
-    }
-
-    fn flush_metrics(&mut self) {
-        let groups = self.metric_groups();
-        if let Err(error) = self.metrics.flush(&self.options.id, groups) {
-            log::error!("metrics cannot be written: {error}");
-        }
-    }
-
-    fn flush_on_request(&mut self) -> Result<(), Fault> {
-        if !self.metrics.has_target() {
-            return Err(refused("FlushMetrics: no metrics_path: PUT /metrics first"));
-        }
-        let groups = self.metric_groups();
-        self.metrics
-            .flush(&self.options.id, groups)
-            .map_err(|e| refused(format!("FlushMetrics: {e}")))
-    }
-
-    fn start_metrics_timer(&self, events: &mut Loop) -> Result<(), StartError> {
-        let mut timer = TimerFd::new().map_err(io::Error::from)?;
-        timer
-            .reset(METRICS_PERIOD, Some(METRICS_PERIOD))
-            .map_err(io::Error::from)?;
-        events.add_subscriber(Box::new(MetricsTimer {
-            timer,
-            mailbox: self.mailbox.clone(),
-        }));
-        Ok(())
-    }
 }
 
 /// Why a machine did not start.
@@ -534,22 +485,4 @@ pub(super) fn console_of(settings: &SerialSettings) -> io::Result<(Console, Opti
     let room = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
     console.room = Some(room.try_clone()?);
     Ok((console, Some(room)))
-}
-
-struct MetricsTimer {
-    timer: TimerFd,
-    mailbox: Mailbox,
-}
-
-impl MutEventSubscriber for MetricsTimer {
-    fn process(&mut self, _: Events, _: &mut EventOps) {
-        self.mailbox.send(Message::MetricsDue);
-    }
-
-    fn init(&mut self, ops: &mut EventOps) {
-        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        if let Err(error) = ops.add(Events::with_data_raw(self.timer.as_raw_fd(), 0, edge)) {
-            log::error!("cannot watch the metrics timer: {error}");
-        }
-    }
 }

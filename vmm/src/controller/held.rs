@@ -7,7 +7,6 @@ use lepton_api::{Action, Fault, Reply};
 
 use super::dispatch::{Controller, Next, refused};
 use super::phase::Phase;
-use super::policy;
 use crate::clone::{AdoptError, Adoption, NewFiles};
 use crate::events::Loop;
 use crate::exit::ExitCode;
@@ -129,9 +128,8 @@ impl Controller {
         answer: SyncSender<Result<Reply, Fault>>,
         events: &mut Loop,
     ) {
-        let allowed = policy::allow(self.stage(), &Action::LoadSnapshot(request.clone()));
-        let loaded = allowed
-            .map_err(refused)
+        let loaded = self
+            .admit(&Action::LoadSnapshot(request.clone()))
             .and_then(|()| self.load_snapshot(request, events));
         match loaded {
             Ok(()) => {

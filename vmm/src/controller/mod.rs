@@ -7,6 +7,7 @@ mod mailbox;
 mod phase;
 pub mod policy;
 mod snapshot;
+mod telemetry;
 
 pub use self::dispatch::{Controller, Next, Options};
 pub use self::mailbox::{Inbox, Mailbox, Message, mailbox};

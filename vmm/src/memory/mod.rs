@@ -28,7 +28,7 @@ use vm_memory::{
 
 use self::base::Base;
 use self::pager::{Paging, Source};
-use self::private::Shares;
+use self::private::{Count, Shares};
 use self::userfault::Userfault;
 use crate::arch::x86_64::layout;
 
@@ -172,23 +172,28 @@ impl Ram {
         self.memory.iter().map(|region| region.len()).sum()
     }
 
-    /// How much of memory is this process's alone, and how much it has in common with others. None where the host does not
-    /// tell, for want of /proc. The machine may run.
-    pub fn shares(&self) -> io::Result<Option<Shares>> {
-        let zeroes = Base::zero(self.memory_bytes());
+    /// What is to be counted to know how much of memory is this process's alone, and how much it has in common with
+    /// others. None where the host does not tell, for want of /proc. The machine may run.
+    pub fn count(&self) -> io::Result<Count> {
         let base = match &self.origin {
             Origin::Shared(file) => {
                 // All that is there, in units of 512 bytes.
                 let private = file.metadata()?.blocks().saturating_mul(512);
-                return Ok(Some(Shares { private, shared: 0 }));
+                return Ok(Count::Known(Some(Shares { private, shared: 0 })));
             }
-            Origin::Base(base) => base,
-            Origin::Zeroes | Origin::File(_) | Origin::Elsewhere(_) => &zeroes,
+            Origin::Base(base) => base.clone(),
+            Origin::Zeroes | Origin::File(_) | Origin::Elsewhere(_) => {
+                Base::zero(self.memory_bytes())
+            }
         };
-        match &self.pagemap {
-            Some(pagemap) => private::shares(&self.memory, base, pagemap).map(Some),
-            None => Ok(None),
-        }
+        Ok(match &self.pagemap {
+            Some(pagemap) => Count::Pages {
+                memory: self.memory.clone(),
+                base,
+                pagemap: pagemap.try_clone()?,
+            },
+            None => Count::Known(None),
+        })
     }
 
     /// What every mapping of memory gets: also one that has taken the place of another.

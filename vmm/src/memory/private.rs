@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 
 use lepton_devices::Memory;
 use lepton_devices::dirty::PAGE;
@@ -45,6 +46,8 @@ const IS_SWAPPED: u64 = 1 << 4;
 const IS_ZERO: u64 = 1 << 5;
 /// Runs that are asked for at once.
 const BATCH: usize = 512;
+/// Bytes that are looked at with one call, which keeps others of this process from changing mappings.
+const STRETCH: u64 = 64 << 20;
 
 ioctl_iowr_nr!(PAGEMAP_SCAN, 0x66, 16, Scan);
 
@@ -74,9 +77,38 @@ pub struct Shares {
     pub shared: u64,
 }
 
+/// What has to be counted to know shares. It keeps what it needs, so any thread can, and at any time.
+pub enum Count {
+    /// Nothing; None where the host does not tell.
+    Known(Option<Shares>),
+    /// The pages that are there.
+    Pages {
+        /// Memory.
+        memory: Arc<Memory>,
+        /// What it was mapped from.
+        base: Base,
+        /// What tells of its pages.
+        pagemap: File,
+    },
+}
+
+impl Count {
+    /// Counts.
+    pub fn finish(self) -> io::Result<Option<Shares>> {
+        match self {
+            Count::Known(shares) => Ok(shares),
+            Count::Pages {
+                memory,
+                base,
+                pagemap,
+            } => shares(&memory, &base, &pagemap).map(Some),
+        }
+    }
+}
+
 /// The shares of `memory`, which was mapped from `base`. Guests may run: then a page that is written meanwhile counts as
 /// before or as after. It takes a time that grows with the pages that are there, and no memory.
-pub fn shares(memory: &Memory, base: &Base, pagemap: &File) -> io::Result<Shares> {
+fn shares(memory: &Memory, base: &Base, pagemap: &File) -> io::Result<Shares> {
     let all: u64 = base.extents().iter().map(|extent| extent.bytes).sum();
     let (mut private, mut hidden) = (0u64, 0u64);
     // Runs come in ascending order, as extents are.
@@ -125,7 +157,6 @@ fn scan(file: &File, part: Part, tell: &mut impl FnMut(u64, u64)) -> io::Result<
     let end = host + part.bytes;
     let mut scan = Scan {
         size: size_of::<Scan>() as u64,
-        end,
         walk_end: host,
         vec: found.as_mut_ptr() as u64,
         vec_len: BATCH as u64,
@@ -137,6 +168,7 @@ fn scan(file: &File, part: Part, tell: &mut impl FnMut(u64, u64)) -> io::Result<
     };
     while scan.walk_end < end {
         scan.start = scan.walk_end;
+        scan.end = scan.start.saturating_add(STRETCH).min(end);
         // SAFETY: the kernel reads and writes one `pm_scan_arg`, and writes at most `vec_len` elements of `found`.
         let count = unsafe { ioctl_with_mut_ref(file, PAGEMAP_SCAN(), &mut scan) };
         let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;

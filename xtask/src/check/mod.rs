@@ -4,6 +4,7 @@ mod captured;
 mod counts;
 mod dependencies;
 mod fuzzing;
+mod guest_reach;
 pub mod instructions;
 mod lab_itself;
 mod lab_tests;
@@ -52,10 +53,11 @@ pub fn run(fast: bool, release: bool, only: &[String]) -> Result<u8> {
             counts += Counts::one(false);
         }
     };
-    let checks: [(&str, Check); 4] = [
+    let checks: [(&str, Check); 5] = [
         ("format", formatting),
         ("lints", lints),
         ("dependencies", crate_dependencies),
+        (guest_reach::NAME, guest_reach::run),
         ("units", unit_tests),
     ];
     let slow: [(&str, Check); 3] = [

@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::counts::Counts;
@@ -37,6 +37,15 @@ const TRACED: [&str; 11] = [
     "native_telemetry",
 ];
 
+/// The other test programs on this host's KVM, and why they are not traced.
+const UNTRACED: [(&str, &str); 5] = [
+    ("native_adversary", "millions of attacks, too slow"),
+    ("native_confinement", "it looks at who may look into a VMM"),
+    ("native_faults", "it kills VMMs at any moment"),
+    ("native_floor", "it measures"),
+    ("native_jail", "there is no strace in a jail"),
+];
+
 const NOT_SEEN_HERE: [&str; 2] = ["Lab: ", "Rare: "];
 
 /// Runs the traced ones of `programs`, and fails for each rule that none of them uses.
@@ -52,6 +61,14 @@ pub fn run(progress: &Progress, programs: &[Program], environment: &Environment)
             skipped: 1,
             ..Counts::default()
         });
+    }
+    let unknown = unknown(programs.iter().map(|(name, _)| name.as_str()));
+    if !unknown.is_empty() {
+        bail!(
+            "{}: to be traced or not? See {}",
+            unknown.join(", "),
+            file!()
+        );
     }
     packages::ensure(progress, "tracing the VMM", &["strace"])?;
     let folder = tempfile::tempdir()?;
@@ -86,6 +103,16 @@ pub fn run(progress: &Progress, programs: &[Program], environment: &Environment)
         eprintln!("no traced test uses this rule: {rule}");
     }
     Ok(Counts::one(unused.is_empty()))
+}
+
+/// Programs of which nobody has said whether they are traced.
+fn unknown<'a>(programs: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    let is_known = |name: &str| {
+        TRACED.contains(&name) || UNTRACED.iter().any(|(untraced, _)| *untraced == name)
+    };
+    programs
+        .filter(|name| name.starts_with("native_") && !is_known(name))
+        .collect()
 }
 
 /// The tracer goes to the background, so that the process that a test starts becomes the VMM.
@@ -301,6 +328,20 @@ mod tests {
         assert!(unused[0].starts_with("vcpu.json: ") && unused[0].contains("44673"));
         assert!(unused[1].starts_with("vmm.json: ") && unused[1].contains("\"read\""));
         assert_eq!(excused, 1);
+    }
+
+    #[test]
+    fn a_test_program_is_not_forgotten() {
+        let manifest = fs::read_to_string(workspace().join("tests/Cargo.toml")).unwrap();
+        let names = manifest.lines().filter_map(|line| {
+            let name = line.strip_prefix("name = \"")?;
+            name.strip_suffix('"')
+        });
+        assert_eq!(unknown(names), Vec::<&str>::new());
+        assert_eq!(
+            unknown(["native_new", "lab_new"].into_iter()),
+            ["native_new"]
+        );
     }
 
     #[test]
