@@ -48,6 +48,7 @@ const BARS: &[Bar] = &[
     bar("clone.hundred", ITSELF, 150.0),
     bar("confinement.added", ITSELF, 2.0),
     bar("confinement.reads-kept", ITSELF, 0.97),
+    bar("unique.share", ITSELF, 0.15),
     bar("exits.port-write", "floor-split", 1.05),
     bar("exits.mmio-write", "floor-split", 1.05),
     bar("exits.mmio-read", "floor-split", 1.05),

@@ -380,6 +380,12 @@ pub const BENCHMARKS: &[Benchmark] = &[
         ],
         cases: measure::boot::cases,
     },
+    Benchmark {
+        name: "unique",
+        rounds: 11,
+        figures: measure::unique::FIGURES,
+        cases: measure::unique::cases,
+    },
 ];
 
 /// Name and one line about each benchmark: what `cargo xtask bench` knows of them before it has built this.

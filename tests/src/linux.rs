@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
+use std::time::Instant;
 
 use lepton_agent::READY_PORT;
-use lepton_agent::client::{Client, Exec, ExitStatus, Output as Stream, Process};
+use lepton_agent::client::{Client, ConnectError, Exec, ExitStatus, Output as Stream, Process};
 use lepton_agent::ready::Ready;
 use serde_json::{Value, json};
 
@@ -101,7 +102,20 @@ impl Linux {
     /// A guest that runs already, in `vmm`: its vsock is where [`Linux::boot`] puts it.
     #[track_caller]
     pub fn running(vmm: Vmm, api: Api) -> Self {
-        let agent = Client::connect(&vmm.directory().join("v.sock")).expect("the agent listens");
+        let (socket, deadline) = (vmm.directory().join("v.sock"), Instant::now() + PATIENCE);
+        // A busy guest on a busy host may take longer to answer than the two seconds that its VMM waits.
+        let agent = loop {
+            match Client::connect(&socket) {
+                Ok(agent) => break agent,
+                Err(error @ ConnectError::Refused { .. }) => {
+                    assert!(
+                        Instant::now() < deadline,
+                        "the agent does not listen: {error}"
+                    );
+                }
+                Err(error) => panic!("{error}"),
+            }
+        };
         let info = agent.info().expect("the agent answers");
         let ready = Ready {
             version: info.agent_version,

@@ -28,6 +28,12 @@ impl Tap {
         tap
     }
 
+    /// Lets the host reach `address`, one that is in no network of the tap's, by the tap.
+    #[track_caller]
+    pub fn route(&self, address: &str) {
+        ip(&["route", "replace", address, "dev", self.name()]);
+    }
+
     /// Tells the host who has `address` behind the tap, so that it need not ask.
     #[track_caller]
     pub fn neighbour(&self, address: &str, mac: &str) {

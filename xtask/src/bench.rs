@@ -20,8 +20,8 @@ const BENCHMARKS: &str = include_str!("../../benches/benchmarks.txt");
 /// Whom the harness can compare with.
 const PEERS: [&str; 3] = ["firecracker", "cloud-hypervisor", QEMU];
 const QEMU: &str = "qemu";
-/// The benchmark that needs a Linux guest.
-const LINUX: &str = "boot";
+/// The benchmarks that need a Linux guest.
+const LINUX: [&str; 2] = ["boot", "unique"];
 const QEMU_PACKAGES: [&str; 1] = ["qemu-system-x86"];
 
 #[derive(Debug, Args)]
@@ -115,7 +115,7 @@ pub fn run(arguments: &BenchArguments) -> Result<u8> {
     let mut command = Command::new(harness);
     command.args(&arguments.only);
     let chosen = |name: &str| arguments.only.is_empty() || arguments.only.iter().any(|o| o == name);
-    if chosen(LINUX) && Kvm::of_this_machine() == Kvm::Hardware {
+    if LINUX.into_iter().any(chosen) && Kvm::of_this_machine() == Kvm::Hardware {
         let agent = Programs::build(&progress, Profile::Release, &["lepton-agent"])?;
         command
             .arg("--kernel")

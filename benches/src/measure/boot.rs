@@ -35,6 +35,18 @@ pub struct Linux {
     pub file_system: String,
 }
 
+impl Linux {
+    /// Where kernel, root image and its kind are.
+    pub(super) fn kernel_and_image(&self) -> Result<(PathBuf, PathBuf, &str), Failure> {
+        let (Some(kernel), Some(image)) = (&self.kernel, &self.image) else {
+            let reason = "a Linux guest is given by --kernel and --image".to_owned();
+            return Err(Failure::NotOffered(reason));
+        };
+        let (kernel, image) = (std::path::absolute(kernel)?, std::path::absolute(image)?);
+        Ok((kernel, image, &self.file_system))
+    }
+}
+
 /// Start to init, and to the end.
 pub fn cases(context: &Context) -> Vec<Case<'_>> {
     for_each_side(context, &[INSTRUCTION, INIT, END], move |side, driver| {
@@ -43,18 +55,13 @@ pub fn cases(context: &Context) -> Vec<Case<'_>> {
 }
 
 fn boot(side: &Side, driver: &dyn Driver, context: &Context) -> Result<Vec<Reading>, Failure> {
-    let linux = &context.linux;
-    let kernel = match &linux.peer_kernel {
-        Some(kernel) if side.id != OURS => Some(kernel),
-        _ => linux.kernel.as_ref(),
-    };
-    let (Some(kernel), Some(image)) = (kernel, &linux.image) else {
-        let reason = "a Linux guest is given by --kernel and --image".to_owned();
-        return Err(Failure::NotOffered(reason));
+    let (own_kernel, image, file_system) = context.linux.kernel_and_image()?;
+    let kernel = match &context.linux.peer_kernel {
+        Some(kernel) if side.id != OURS => std::path::absolute(kernel)?,
+        _ => own_kernel,
     };
     hardware_kvm().map_err(Failure::NotOffered)?;
     let place = Place::new(Guest::Reset, context.patience)?;
-    let kernel = std::path::absolute(kernel)?;
 
     // An image of our own, whose init writes its mark and restarts.
     let own = init::write_image(place.folder())?;
@@ -69,8 +76,7 @@ fn boot(side: &Side, driver: &dyn Driver, context: &Context) -> Result<Vec<Readi
     let mut readings = vec![Reading::milliseconds(INSTRUCTION, first - running.started)];
     drop(running);
 
-    let image = std::path::absolute(image)?;
-    let echo = format!("{} init=/bin/echo -- {SAYS}", linux.file_system);
+    let echo = format!("{file_system} init=/bin/echo -- {SAYS}");
     let mut running = run(&place, driver, &kernel, &image, &echo)?;
     let output = running.says(SAYS.as_bytes(), "init")?;
     readings.push(Reading::milliseconds(INIT, output - running.started));

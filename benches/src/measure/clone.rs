@@ -125,16 +125,16 @@ pub fn cases(context: &Context) -> Vec<Case<'_>> {
 }
 
 /// A VMM with its API.
-struct Vmm {
-    running: Running,
+pub(super) struct Vmm {
+    pub(super) running: Running,
     client: Client,
     /// Where it waits for a machine.
-    adopt: PathBuf,
-    place: Place,
+    pub(super) adopt: PathBuf,
+    pub(super) place: Place,
 }
 
 impl Vmm {
-    fn new(context: &Context, side: &Side, guest: Guest) -> Result<Self, Failure> {
+    pub(super) fn new(context: &Context, side: &Side, guest: Guest) -> Result<Self, Failure> {
         let place = Place::new(guest, context.patience)?;
         let socket = place.folder().join("api.sock");
         let adopt = place.folder().join("adopt.sock");
@@ -161,7 +161,7 @@ impl Vmm {
         })
     }
 
-    fn put(&mut self, path: &str, body: &Value) -> Result<String, Failure> {
+    pub(super) fn put(&mut self, path: &str, body: &Value) -> Result<String, Failure> {
         checked(path, self.client.request("PUT", path, &body.to_string()))
     }
 

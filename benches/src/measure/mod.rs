@@ -10,6 +10,7 @@ pub mod growth;
 pub mod net;
 mod probe;
 pub mod start;
+pub mod unique;
 pub mod vsock;
 pub mod weight;
 
