@@ -43,7 +43,7 @@ const DEBIAN: &str = "lab_debian";
 const UNSTEADY: [(&str, &str); 2] = [
     (
         DEBIAN,
-        "about half of the boots of Debian's own kernel in the lab end in a triple fault, or with the lab",
+        "about one boot in ten of Debian's own kernel in the lab ends in a triple fault, or with the lab",
     ),
     (
         "lab_database",

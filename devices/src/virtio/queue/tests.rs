@@ -12,7 +12,11 @@ const AVAIL_HEADER: u64 = 4;
 
 /// A driver and its queue of 8, with or without event index.
 fn pair(event_idx: bool) -> (TestDriver, VirtQueue) {
-    let driver = TestDriver::new(&[8]);
+    pair_of(8, event_idx)
+}
+
+fn pair_of(size: u16, event_idx: bool) -> (TestDriver, VirtQueue) {
+    let driver = TestDriver::new(&[size]);
     let mut queue = driver.queues[0].device_side();
     queue.set_event_idx(event_idx);
     let (memory, interrupt) = (driver.memory.clone(), driver.interrupt.clone());
@@ -43,6 +47,25 @@ fn chains_are_used_together_and_across_the_rings_end() {
     queue.complete_together(&[]).unwrap();
     assert!(driver.queues[0].used().is_empty());
     assert_eq!(queue.position().next_used, 30);
+}
+
+#[test]
+fn what_is_completed_soon_is_seen_with_the_sixteenth_or_the_signal() {
+    let (mut driver, mut queue) = pair_of(32, false);
+    let soon = |driver: &mut TestDriver, queue: &mut VirtQueue| {
+        let head = pass(driver, queue);
+        queue.complete_soon(&[(head, 1)]).unwrap();
+        driver.queues[0].used().len()
+    };
+    for _ in 0..15 {
+        assert_eq!(soon(&mut driver, &mut queue), 0);
+    }
+    assert_eq!(soon(&mut driver, &mut queue), 16);
+    assert_eq!(driver.interrupts(), 0);
+    assert_eq!(soon(&mut driver, &mut queue), 0);
+    queue.signal().unwrap();
+    assert_eq!(driver.queues[0].used().len(), 1);
+    assert_eq!(driver.interrupts(), 1);
 }
 
 #[test]
