@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use lepton_tests::reaper;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
@@ -91,10 +92,9 @@ impl Running {
             .spawn()
             .map_err(|error| Failure::because(format!("cannot start {name}: {error}")))?;
         let stdout = child.stdout.take();
-        let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
-        let pidfd = pidfd
-            .inspect_err(|_| end(&mut child))
-            .map_err(io::Error::from)?;
+        let pidfd = reaper::watch(child.id())
+            .and_then(|()| Ok(pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?));
+        let pidfd = pidfd.inspect_err(|_| end(&mut child))?;
         Ok(Self {
             child,
             pidfd,

@@ -14,7 +14,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tempfile::TempDir;
 
 use crate::api::Api;
-use crate::{PATIENCE, programs};
+use crate::{PATIENCE, programs, reaper};
 
 /// The user that jailed VMMs run as.
 pub const UID: u32 = 61_234;
@@ -251,6 +251,7 @@ impl Jailed {
     #[track_caller]
     fn new(pid: u32, child: Option<Child>, jail: Jail) -> Self {
         let found = Pid::from_raw(pid.cast_signed()).expect("not 0");
+        reaper::watch(pid).expect("there is a reaper");
         Self {
             child,
             pidfd: pidfd_open(found, PidfdFlags::empty()).expect("the VMM runs"),
@@ -269,6 +270,7 @@ impl Jailed {
     #[track_caller]
     pub fn of_child(jail: Jail) -> Self {
         let mut child = jail.command().spawn().expect("the jailer starts");
+        reaper::watch(child.id()).expect("there is a reaper");
         let deadline = Instant::now() + PATIENCE;
         let socket = jail.root().join("run/firecracker.socket");
         // The file with the VMM's process id is complete once the VMM runs.

@@ -9,6 +9,7 @@
 //! - [`metal`]: programs for bare metal, from `tests/guests/`. `native_*` tests run them on any KVM, too.
 //! - [`origin`]: machines that boot, are loaded from a snapshot, or are clones, for the same tests.
 //! - [`heir`]: a process that waits for a copy of it.
+//! - [`reaper`]: what ends all of these if the test program is killed.
 //! - [`linux`]: our Linux guest with its agent. `lab_*` tests run it, on a KVM with nested paging.
 //!
 //! Nothing sleeps to let something else happen: whoever waits, waits for an event, with a deadline.
@@ -26,6 +27,7 @@ pub mod linux;
 pub mod metal;
 pub mod origin;
 pub mod programs;
+pub mod reaper;
 pub mod sparse;
 pub mod suite;
 pub mod tap;

@@ -7,7 +7,7 @@ use landlock::{AccessFs, Ruleset, RulesetAttr, RulesetStatus};
 use libtest_mimic::{Arguments, Trial};
 
 use crate::origin::Origin;
-use crate::programs;
+use crate::{programs, reaper};
 
 /// What a test needs and a host may lack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,6 +135,9 @@ pub enum Order {
 
 /// Runs `tests`, all of which need `common`, as libtest would.
 pub fn run<const N: usize>(order: Order, common: &[Need], tests: [Test; N]) -> ExitCode {
+    if reaper::serves() {
+        return ExitCode::SUCCESS;
+    }
     let mut arguments = Arguments::from_args();
     if order == Order::OneByOne && arguments.test_threads.is_none() {
         arguments.test_threads = Some(1);

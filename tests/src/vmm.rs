@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use crate::api::Api;
 use crate::capture::Capture;
 use crate::guest::{Entry, Program};
-use crate::{PATIENCE, programs};
+use crate::{PATIENCE, programs, reaper};
 
 /// What to start.
 pub struct Builder {
@@ -92,6 +92,7 @@ impl Builder {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap_or_else(|error| panic!("{}: {error}", programs::vmm().display()));
+        reaper::watch(child.id()).expect("there is a reaper");
         let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())
             .expect("a child has a descriptor");
         Vmm {

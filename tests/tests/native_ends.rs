@@ -8,7 +8,7 @@ use std::process::{Command, ExitCode};
 use lepton_tests::guest::Program;
 use lepton_tests::origin::running;
 use lepton_tests::suite::{self, Need, Order};
-use lepton_tests::{PATIENCE, Vmm, programs, test};
+use lepton_tests::{PATIENCE, Vmm, programs, reaper, test};
 use rustix::process::Signal;
 use serde_json::json;
 
@@ -22,6 +22,7 @@ fn main() -> ExitCode {
             test!(signals_end_it_in_order)
                 .needs(Need::Kvm)
                 .of_every_origin(),
+            test!(a_killed_test_leaves_no_machine).needs(Need::Kvm),
             test!(a_signal_before_the_start),
             test!(a_machine_that_cannot_start_leaves_no_socket).needs(Need::Kvm),
             test!(a_socket_in_use_is_refused_and_left_alone),
@@ -114,6 +115,14 @@ fn signals_end_it_in_order() {
         let status = format!("exit status {code}");
         assert!(ended.text().contains(&status), "{}", ended.text());
     }
+}
+
+fn a_killed_test_leaves_no_machine() {
+    reaper::check("a_killed_test_leaves_no_machine", || {
+        let (vmm, mut api, _) = Vmm::with_kernel(&Program::spin());
+        api.start();
+        (vmm.pid(), vmm)
+    });
 }
 
 fn a_signal_before_the_start() {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use lepton_api::Client;
 use lepton_api::types::{Cloned, ClonedChild};
+use lepton_tests::reaper;
 use rustix::process::{Pid, PidfdFlags, Signal, geteuid, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 
@@ -244,7 +245,9 @@ impl Copy {
         let pid = Pid::from_raw(child.pid.cast_signed());
         let pid = pid.ok_or_else(|| Failure::because("/clone: a copy's process id is 0"))?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from)?;
-        Ok(Copy(pidfd))
+        let copy = Copy(pidfd);
+        reaper::watch(child.pid)?;
+        Ok(copy)
     }
 }
 

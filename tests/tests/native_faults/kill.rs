@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use lepton_api::Client;
 use lepton_devices::virtio::block::overlay::{Chain, Overlay};
 use lepton_tests::metal::pattern;
-use lepton_tests::{PATIENCE, linux, programs};
+use lepton_tests::{PATIENCE, linux, programs, reaper};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -96,7 +96,7 @@ impl Rounds {
     fn start(&self, drive: Drive) -> Child {
         let config = self.path("config.json");
         fs::write(&config, self.config(drive).to_string()).expect("a file can be written");
-        Command::new(programs::vmm())
+        let child = Command::new(programs::vmm())
             .arg("--api-sock")
             .arg(self.path("api"))
             .arg("--config-file")
@@ -105,7 +105,9 @@ impl Rounds {
             .stdout(File::create(self.path("console")).expect("a file"))
             .stderr(File::create(self.path("errors")).expect("a file"))
             .spawn()
-            .expect("the VMM starts")
+            .expect("the VMM starts");
+        reaper::watch(child.id()).expect("there is a reaper");
+        child
     }
 
     /// The disk as it is now. Whoever had it is gone: it can be opened to be written.

@@ -49,6 +49,7 @@ fn main() -> ExitCode {
             test!(groups_of_version_2_have_their_values_and_go_with_the_vmm).needs(Need::Root),
             test!(a_group_of_version_2_is_joined).needs(Need::Root),
             test!(a_daemon_has_no_terminal).needs(Need::Root),
+            test!(a_killed_test_leaves_no_daemon).needs(Need::Root),
             test!(a_pid_namespace_of_its_own).needs(Need::Root),
             test!(a_daemon_with_both).needs(Need::Root),
             test!(a_given_network)

@@ -12,7 +12,7 @@ use lepton_hostio::packet::PacketSocket;
 use lepton_tests::counting::let_run;
 use lepton_tests::guest::{Entry, Program};
 use lepton_tests::jail::{GID, Jail, Jailed, UID};
-use lepton_tests::{Api, PATIENCE};
+use lepton_tests::{Api, PATIENCE, reaper};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -32,10 +32,9 @@ impl Pool {
         let pool = [OsString::from("--pool"), socket.clone().into()];
         let jail = jail.id("copy").options(pool).options(options);
         let child = jail.command().stdout(Stdio::null()).spawn();
-        let pool = Pool {
-            jail,
-            child: child.expect("the jailer starts"),
-        };
+        let child = child.expect("the jailer starts");
+        reaper::watch(child.id()).expect("there is a reaper");
+        let pool = Pool { jail, child };
         wait_until("the pool listens", || {
             PacketSocket::connect(&socket).is_ok()
         });

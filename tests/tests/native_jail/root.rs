@@ -8,6 +8,7 @@ use std::process::Command;
 
 use lepton_tests::guest::{Entry, Program};
 use lepton_tests::jail::{GID, Jail, Jailed, UID};
+use lepton_tests::reaper;
 use rustix::io::FdFlags;
 use rustix::process::Signal;
 use serde_json::json;
@@ -207,6 +208,13 @@ fn field_of_stat(stat: &str, number: usize) -> String {
     let (_, rest) = stat.rsplit_once(')').expect("a name in parentheses");
     let field = rest.split_whitespace().nth(number);
     field.expect("enough fields").to_owned()
+}
+
+pub fn a_killed_test_leaves_no_daemon() {
+    reaper::check("a_killed_test_leaves_no_daemon", || {
+        let vmm = Jail::as_another_user().options(["--daemonize"]).detach();
+        (vmm.pid, vmm)
+    });
 }
 
 pub fn a_pid_namespace_of_its_own() {
