@@ -1,8 +1,7 @@
-//! Instructions of the hot paths, counted by callgrind and compared with `benches/baseline.json`.
+//! Instructions of the hot paths and of a boot, compared with `benches/baseline.json`.
 //!
-//! Counts do not depend on what else the machine does, so a few percent can be told apart. They do depend on the
-//! compiler: with another one nothing is compared, and that is said and counted as skipped. The C library's choice of
-//! memcpy by processor is switched off.
+//! Counts mean something only beside counts of the same tools: with another compiler, or another lab, nothing is compared, and
+//! that is said and counted as skipped.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,37 +11,39 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 
 use super::counts::Counts;
-use crate::packages;
-use crate::programs::{Profile, Programs, workspace};
+use super::{boot, hot_paths};
+use crate::programs::workspace;
 use crate::progress::Progress;
 
-/// What a path may grow by.
+/// What a count may grow by.
 const ALLOWED_PERCENT: u64 = 3;
-/// A path is taken so often, and then so often: the difference has no start and no end in it.
-const TIMES: [u64; 2] = [10, 60];
-/// The C library and whatever asks the processor take the plainest way.
-const PLAIN: &str =
-    "glibc.cpu.hwcaps=-AVX512VL,-AVX512F,-AVX2,-AVX,-ERMS,-FSRM,-BMI2,-SSE4_2,-SSE4_1,-SSSE3";
 
-/// A count of each path, and with what they were made.
-#[derive(Debug, PartialEq)]
-struct Counted {
-    rustc: String,
-    valgrind: String,
-    instructions: BTreeMap<String, u64>,
+type Count = fn(&Progress) -> Result<Counted>;
+
+/// What is counted, by the names in the baseline.
+const KINDS: [(&str, Count); 2] = [("hot-paths", hot_paths::count), ("boot", boot::count)];
+
+/// Counts by name, and what they depend on besides our code.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Counted {
+    /// Names and versions.
+    pub tools: Vec<String>,
+    /// The counts.
+    pub instructions: BTreeMap<String, u64>,
 }
 
 impl Counted {
     fn to_json(&self) -> Value {
-        json!({ "rustc": self.rustc, "valgrind": self.valgrind, "instructions": self.instructions })
+        json!({ "tools": self.tools, "instructions": self.instructions })
     }
 
     fn from_json(value: &Value) -> Option<Self> {
-        let text = |name: &str| Some(value[name].as_str()?.to_owned());
+        let tools = value["tools"].as_array()?.iter();
         let counts = value["instructions"].as_object()?.iter();
         Some(Self {
-            rustc: text("rustc")?,
-            valgrind: text("valgrind")?,
+            tools: tools
+                .map(|tool| Some(tool.as_str()?.to_owned()))
+                .collect::<Option<_>>()?,
             instructions: counts
                 .map(|(name, count)| Some((name.clone(), count.as_u64()?)))
                 .collect::<Option<_>>()?,
@@ -54,26 +55,58 @@ fn baseline() -> PathBuf {
     workspace().join("benches/baseline.json")
 }
 
+/// What the baseline has of `kind`.
+fn read(path: &Path, kind: &str) -> Result<Counted> {
+    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    let all: Value = serde_json::from_slice(&bytes).with_context(|| path.display().to_string())?;
+    Counted::from_json(&all[kind]).ok_or_else(|| {
+        anyhow!(
+            "{} has no {kind}: cargo xtask bench --instructions --accept counts anew",
+            path.display()
+        )
+    })
+}
+
 /// Counts and compares.
 pub fn run(progress: &Progress) -> Result<Counts> {
-    let now = count(progress)?;
-    let path = baseline();
-    let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
-    let before = serde_json::from_slice(&bytes)
-        .ok()
-        .as_ref()
-        .and_then(Counted::from_json);
-    let before = before.ok_or_else(|| anyhow!("{} is not a baseline", path.display()))?;
-    if let Some(reason) = incomparable(&before, &now) {
+    let mut counts = Counts::default();
+    for (kind, count) in KINDS {
+        let before = read(&baseline(), kind)?;
+        match count(progress).and_then(|now| judge(kind, &before, &now)) {
+            Ok(judged) => counts += judged,
+            Err(error) => {
+                eprintln!("{error:#}");
+                counts += Counts::one(false);
+            }
+        }
+    }
+    Ok(counts)
+}
+
+/// Counts, and makes that the baseline.
+pub fn accept(progress: &Progress) -> Result<()> {
+    let mut all = BTreeMap::new();
+    for (kind, count) in KINDS {
+        all.insert(kind, count(progress)?.to_json());
+    }
+    let text = serde_json::to_string_pretty(&all)? + "\n";
+    std::fs::write(baseline(), text)?;
+    eprintln!("{} is written", baseline().display());
+    Ok(())
+}
+
+/// Shows how the counts have changed. An error if one has grown too much.
+fn judge(kind: &str, before: &Counted, now: &Counted) -> Result<Counts> {
+    if let Some(reason) = incomparable(before, now) {
         eprintln!(
-            "SKIPPED: instructions: {reason}; to count anew: cargo xtask bench --instructions --accept"
+            "SKIPPED: instructions, {kind}: {reason}; to count anew: cargo xtask bench --instructions --accept"
         );
         return Ok(Counts {
             skipped: 1,
             ..Counts::default()
         });
     }
-    let (lines, grown) = compare(&before, &now);
+    let (lines, grown) = compare(before, now);
     for line in lines {
         eprintln!("{line}");
     }
@@ -87,29 +120,28 @@ pub fn run(progress: &Progress) -> Result<Counts> {
     )
 }
 
-/// Counts, and makes that the baseline.
-pub fn accept(progress: &Progress) -> Result<()> {
-    let now = count(progress)?;
-    let text = serde_json::to_string_pretty(&now.to_json())? + "\n";
-    std::fs::write(baseline(), text)?;
-    eprintln!("{} is written", baseline().display());
-    Ok(())
-}
-
 /// Why two counts mean nothing beside each other.
 fn incomparable(before: &Counted, now: &Counted) -> Option<String> {
-    let tools = [
-        (&before.rustc, &now.rustc),
-        (&before.valgrind, &now.valgrind),
-    ];
-    let (before, now) = tools.into_iter().find(|(before, now)| before != now)?;
+    if before.tools == now.tools {
+        return None;
+    }
+    let only = |one: &Counted, other: &Counted| {
+        let tools = one.tools.iter();
+        let tools: Vec<&str> = tools
+            .filter(|tool| !other.tools.contains(tool))
+            .map(String::as_str)
+            .collect();
+        tools.join(", ")
+    };
     Some(format!(
-        "the baseline was counted with {before}, this is {now}"
+        "the baseline was counted with {}, this is {}",
+        only(before, now),
+        only(now, before)
     ))
 }
 
-/// A line for each path, and those that have grown or have no baseline.
-fn compare(before: &Counted, now: &Counted) -> (Vec<String>, Vec<String>) {
+/// A line for each count, and those that have grown or have no baseline.
+pub fn compare(before: &Counted, now: &Counted) -> (Vec<String>, Vec<String>) {
     let mut lines = Vec::new();
     let mut grown = Vec::new();
     for (name, &count) in &now.instructions {
@@ -119,7 +151,7 @@ fn compare(before: &Counted, now: &Counted) -> (Vec<String>, Vec<String>) {
         };
         let change = (count as f64 / old as f64 - 1.0) * 100.0;
         lines.push(format!(
-            "{name:<16} {count:>9} instructions, {change:+.1} %"
+            "{name:<16} {count:>11} instructions, {change:+.1} %"
         ));
         if count * 100 > old * (100 + ALLOWED_PERCENT) {
             grown.push(format!("{name} by {change:.1} %"));
@@ -133,69 +165,17 @@ fn compare(before: &Counted, now: &Counted) -> (Vec<String>, Vec<String>) {
     (lines, grown)
 }
 
-fn count(progress: &Progress) -> Result<Counted> {
-    packages::ensure(progress, "counting instructions", &["valgrind"])?;
-    let built = Programs::build(progress, Profile::Release, &["lepton-hot-paths"])?;
-    let program = built.path("lepton-hot-paths")?;
-    let names = first_lines(Command::new(program))?;
-    let step = progress.step("counting instructions");
-    let mut instructions = BTreeMap::new();
-    for name in names.lines() {
-        step.note(name);
-        let [few, many] = TIMES;
-        let difference =
-            collected(program, name, many)?.checked_sub(collected(program, name, few)?);
-        let difference = difference.ok_or_else(|| anyhow!("{name}: less for more"))?;
-        instructions.insert(name.to_owned(), difference / (many - few));
-    }
-    step.done("done");
-    let version = |name: &str| {
-        let mut command = Command::new(name);
-        command.arg("--version");
-        Ok::<_, anyhow::Error>(first_lines(command)?.trim().to_owned())
-    };
-    Ok(Counted {
-        rustc: version("rustc")?,
-        valgrind: version("valgrind")?,
-        instructions,
-    })
-}
-
-fn first_lines(mut command: Command) -> Result<String> {
-    let output = command
+/// The first line of what a program says of its version.
+pub fn version(program: &str) -> Result<String> {
+    let output = Command::new(program)
+        .arg("--version")
         .output()
-        .with_context(|| format!("{:?}", command.get_program()))?;
-    if !output.status.success() {
-        bail!("{:?} ended with {}", command.get_program(), output.status);
+        .with_context(|| format!("cannot start {program}"))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    match text.lines().next() {
+        Some(line) if output.status.success() => Ok(line.trim().to_owned()),
+        _ => bail!("{program} --version ended with {}", output.status),
     }
-    Ok(String::from_utf8(output.stdout)?)
-}
-
-/// Instructions of one run.
-fn collected(program: &Path, name: &str, times: u64) -> Result<u64> {
-    let output = Command::new("valgrind")
-        .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
-        .arg(program)
-        .args([name, &times.to_string()])
-        .env("GLIBC_TUNABLES", PLAIN)
-        .output()
-        .context("valgrind")?;
-    let text = String::from_utf8_lossy(&output.stderr);
-    match parse_collected(&text) {
-        Some(count) if output.status.success() => Ok(count),
-        _ => bail!(
-            "{name} under valgrind ended with {}:\n{text}",
-            output.status
-        ),
-    }
-}
-
-/// `==123== Collected : 456`
-fn parse_collected(text: &str) -> Option<u64> {
-    let line = text
-        .lines()
-        .find_map(|line| line.split_once("Collected : "))?;
-    line.1.split_whitespace().next()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -207,8 +187,7 @@ mod tests {
             .iter()
             .map(|(name, count)| ((*name).to_owned(), *count));
         Counted {
-            rustc: rustc.to_owned(),
-            valgrind: "v".to_owned(),
+            tools: vec![rustc.to_owned(), "v".to_owned()],
             instructions: each.collect(),
         }
     }
@@ -222,6 +201,16 @@ mod tests {
     }
 
     #[test]
+    fn a_count_that_has_grown_is_a_failure() {
+        let before = counted("1", &[("true", 90_000_000)]);
+        let judged = |now| judge("boot", &before, &counted("1", &[("true", now)]));
+        assert_eq!(judged(92_700_000).unwrap(), Counts::one(true));
+        let error = judged(92_700_001).unwrap_err().to_string();
+        assert!(error.contains("true by 3.0 %"), "{error}");
+        assert!(error.contains("--accept"), "{error}");
+    }
+
+    #[test]
     fn a_path_without_a_baseline_is_told_and_so_is_one_that_is_gone() {
         let before = counted("1", &[("a", 1), ("b", 1)]);
         let (_, grown) = compare(&before, &counted("1", &[("b", 1), ("c", 1)]));
@@ -230,22 +219,25 @@ mod tests {
 
     #[test]
     fn counts_of_another_compiler_are_not_compared() {
-        let reason = incomparable(&counted("1", &[]), &counted("2", &[]));
-        assert!(reason.is_some_and(|reason| reason.contains("with 1, this is 2")));
-        assert_eq!(incomparable(&counted("1", &[]), &counted("1", &[])), None);
+        let (before, now) = (counted("1", &[]), counted("2", &[]));
+        let reason = incomparable(&before, &now).unwrap();
+        assert!(reason.ends_with("with 1, this is 2"), "{reason}");
+        assert_eq!(incomparable(&before, &before), None);
+        assert_eq!(judge("boot", &before, &now).unwrap().skipped, 1);
     }
 
     #[test]
     fn baselines_are_read_as_they_were_written() {
         let written = counted("1", &[("a", 5)]);
         assert_eq!(Counted::from_json(&written.to_json()), Some(written));
-        assert_eq!(Counted::from_json(&json!({ "rustc": "1" })), None);
+        assert_eq!(Counted::from_json(&json!({ "tools": ["1"] })), None);
     }
 
+    /// A guard without a baseline would be none.
     #[test]
-    fn the_count_is_found_in_what_callgrind_says() {
-        let text = "==7== Events    : Ir\n==7== Collected : 123456\n==7==\n";
-        assert_eq!(parse_collected(text), Some(123_456));
-        assert_eq!(parse_collected("==7== nothing"), None);
+    fn the_baseline_has_every_kind() {
+        for (kind, _) in KINDS {
+            assert!(!read(&baseline(), kind).unwrap().instructions.is_empty());
+        }
     }
 }

@@ -1,10 +1,12 @@
 //! `cargo xtask test`: everything that has to hold, with a closing line of counts.
 
+mod boot;
 mod captured;
 mod counts;
 mod dependencies;
 mod fuzzing;
 mod guest_reach;
+mod hot_paths;
 pub mod instructions;
 mod lab_itself;
 mod lab_tests;
