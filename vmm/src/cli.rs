@@ -4,7 +4,9 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
-use lepton_api::types::LogLevel;
+use lepton_api::types::{HugePages, LogLevel};
+
+use crate::memory::MemorySize;
 
 /// Where the API listens if nothing is said.
 pub const DEFAULT_API_SOCKET: &str = "/run/firecracker.socket";
@@ -99,6 +101,11 @@ pub struct Cli {
     #[arg(long, value_name = "NUMBER", value_parser = parse_descriptor, conflicts_with_all = ["adopt", "config_file"])]
     pub adopt_fd: Option<RawFd>,
 
+    /// Memory of the machine that this process will become a copy of, in MiB. What takes longest of becoming one is then
+    /// done ahead; a machine of another size is taken as without it.
+    #[arg(long, value_name = "MIB", value_parser = parse_memory)]
+    pub adopt_mem_mib: Option<MemorySize>,
+
     /// Wall clock in microseconds when this process was started, for the metrics.
     #[arg(long, value_name = "MICROSECONDS")]
     pub start_time_us: Option<u64>,
@@ -118,6 +125,11 @@ fn parse_descriptor(text: &str) -> Result<RawFd, String> {
         Ok(number @ 3..) => Ok(number),
         _ => Err("a number from 3 up is wanted".into()),
     }
+}
+
+fn parse_memory(text: &str) -> Result<MemorySize, String> {
+    let mib = text.parse().map_err(|_| "a number of MiB is wanted")?;
+    MemorySize::new(mib, HugePages::None).map_err(|error| error.to_string())
 }
 
 // clap parses a default as if it had been typed, which costs as much as all the options of a usual command line. So the
@@ -204,6 +216,9 @@ mod tests {
             &["--http-api-max-payload-size", "-1"],
             &["--kvm-fd", "2"],
             &["--tap-fd", "tap0"],
+            &["--adopt-mem-mib", "0"],
+            &["--adopt-mem-mib", "1048577"],
+            &["--adopt-mem-mib", "128M"],
         ] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }

@@ -150,6 +150,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
             of_vcpu.confine(Thread::Vcpu).map_err(io::Error::other)
         }),
         allow_path,
+        adopt_memory: cli.adopt_mem_mib,
         sockets: (cli.adopt.iter().cloned())
             .chain((!cli.no_api).then(|| cli.api_socket().to_owned()))
             .collect(),

@@ -77,6 +77,8 @@ const DEPTH: &str = "clone.depth";
 const HUNDRED: &str = "clone.hundred";
 const MEMORY: &str = "clone.memory";
 
+/// What tells a process that waits how much memory its machine will have, in MiB.
+const EXPECTS: &str = "--adopt-mem-mib";
 /// The user and group that jailed VMMs run as.
 const NOBODY: &str = "65534";
 const DEPTHS: [u32; 3] = [1, 10, 50];
@@ -136,6 +138,21 @@ pub(super) struct Vmm {
 
 impl Vmm {
     pub(super) fn new(context: &Context, side: &Side, guest: Guest) -> Result<Self, Failure> {
+        Self::started(context, side, guest, &[])
+    }
+
+    /// One that waits for a machine of `mib` MiB.
+    pub(super) fn heir(context: &Context, side: &Side, mib: u64) -> Result<Self, Failure> {
+        let expects = [EXPECTS.into(), mib.to_string()];
+        Self::started(context, side, Guest::Idle, &expects)
+    }
+
+    fn started(
+        context: &Context,
+        side: &Side,
+        guest: Guest,
+        more: &[String],
+    ) -> Result<Self, Failure> {
         let place = Place::new(guest, context.patience)?;
         let socket = place.folder().join("api.sock");
         let adopt = place.folder().join("adopt.sock");
@@ -146,7 +163,8 @@ impl Vmm {
             .arg("--api-sock")
             .arg(&socket)
             .arg("--adopt")
-            .arg(&adopt);
+            .arg(&adopt)
+            .args(more);
         let running = Running::spawn(&mut command, place.folder(), context.patience)?;
         let (stream, _) = running.connect(&socket)?;
         stream.set_read_timeout(Some(context.patience))?;
@@ -223,12 +241,8 @@ fn beating(context: &Context, side: &Side) -> Result<Vmm, Failure> {
     Ok(vmm)
 }
 
-fn heir(context: &Context, side: &Side) -> Result<Vmm, Failure> {
-    Vmm::new(context, side, Guest::Idle)
-}
-
 fn first_instruction(context: &Context, side: &Side) -> Result<Vec<Reading>, Failure> {
-    let mut child = heir(context, side)?;
+    let mut child = Vmm::heir(context, side, 128)?;
     let mut parent = beating(context, side)?;
     let (ran, answered) = parent.clone_one(&mut child)?;
     Ok(vec![
@@ -284,7 +298,7 @@ fn from_pool(
         .arg(place.folder())
         .arg("--pool")
         .arg(&socket)
-        .args(["--", "--level", "Error"]);
+        .args(["--", "--level", "Error", EXPECTS, "128"]);
     let mut pool = Running::spawn(&mut command, place.folder(), context.patience)?;
     pool.wait_for("its socket", || socket.exists().then_some(()))?;
     if size > 0 {
@@ -331,7 +345,7 @@ fn pause(
     mib: u64,
     figure: &'static str,
 ) -> Result<Vec<Reading>, Failure> {
-    let child = heir(context, side)?;
+    let child = Vmm::heir(context, side, mib)?;
     let cloned = written(context, side, mib, 0)?.clone_into(&[child])?;
     let pause = Duration::from_micros(cloned.pause_us);
     Ok(vec![Reading::milliseconds(figure, pause)])
@@ -341,7 +355,7 @@ fn pause_again(context: &Context, side: &Side) -> Result<Vec<Reading>, Failure> 
     let mut parent = written(context, side, 1024, 8 << 10)?;
     let mut pause = Duration::ZERO;
     for _ in 0..10 {
-        let child = heir(context, side)?;
+        let child = Vmm::heir(context, side, 1024)?;
         let cloned = parent.clone_into(&[child])?;
         pause = Duration::from_micros(cloned.pause_us);
     }
@@ -352,7 +366,7 @@ fn deep(context: &Context, side: &Side, depth: u32) -> Result<Vec<Reading>, Fail
     let mut parent = beating(context, side)?;
     let mut ran = Duration::ZERO;
     for _ in 0..depth {
-        let mut child = heir(context, side)?;
+        let mut child = Vmm::heir(context, side, 128)?;
         (ran, _) = parent.clone_one(&mut child)?;
         // Its place on the processors is the next one's.
         parent.pause()?;
@@ -364,7 +378,8 @@ fn deep(context: &Context, side: &Side, depth: u32) -> Result<Vec<Reading>, Fail
 fn many(context: &Context, side: &Side) -> Result<Vec<Reading>, Failure> {
     let mut parent = written(context, side, 128, 0)?;
     let before = available_memory_mib();
-    let children: Result<Vec<Vmm>, Failure> = (0..MANY).map(|_| heir(context, side)).collect();
+    let children: Result<Vec<Vmm>, Failure> =
+        (0..MANY).map(|_| Vmm::heir(context, side, 128)).collect();
     let children = children?;
     let asked = Instant::now();
     let cloned = parent.clone_into(&children)?;

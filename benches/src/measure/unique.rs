@@ -54,7 +54,7 @@ fn run(context: &Context, side: &Side) -> Result<Vec<Reading>, Failure> {
     // A machine as others boot it; the one that is cloned has its memory in a file, which costs its boot time.
     let (_, boot) = booted(context, side, false)?;
     let (mut parent, _) = booted(context, side, true)?;
-    let child = Vmm::new(context, side, Guest::Idle)?;
+    let child = Vmm::heir(context, side, 128)?;
     let socket = vsock_of(&child);
     let request = json!({ "children": [{
         "adopt_socket": child.adopt, "vsock_override": { "uds_path": socket },

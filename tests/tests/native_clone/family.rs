@@ -47,6 +47,12 @@ impl Heir {
         Self::start(id, &["--allow-path".as_ref(), folder.as_os_str()])
     }
 
+    /// One that has made itself ready for a machine of `mib` MiB.
+    #[track_caller]
+    pub fn expecting(id: &str, mib: u64) -> Self {
+        Self::start(id, &["--adopt-mem-mib".as_ref(), mib.to_string().as_ref()])
+    }
+
     #[track_caller]
     fn start(id: &str, more: &[&OsStr]) -> Self {
         let builder = Vmm::builder();
@@ -83,9 +89,15 @@ pub fn clone(api: &mut Api, request: &Value) -> Value {
     serde_json::from_str(&reply).expect("a reply in JSON")
 }
 
-/// Processes called copy-0, copy-1 and so on.
+/// Processes called copy-0, copy-1 and so on. Every second one expects a machine of 128 MiB.
 #[track_caller]
 pub fn family(size: usize) -> Vec<Heir> {
-    let called = |number| Heir::called(&format!("copy-{number}"));
+    let called = |number: usize| {
+        let id = format!("copy-{number}");
+        match number.is_multiple_of(2) {
+            true => Heir::expecting(&id, 128),
+            false => Heir::called(&id),
+        }
+    };
     (0..size).map(called).collect()
 }

@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 
 use lepton_tests::Vmm;
-use lepton_tests::counting::{check_counts, check_tail, let_run};
+use lepton_tests::counting::{check_counts, check_tail, configure, let_run};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -29,6 +29,40 @@ pub fn a_copy_goes_on_where_the_machine_was() {
         stream.extend(heir.vmm.terminate().stdout);
         assert!(check_counts(&stream) > 10);
         assert!(check_counts(&said(&vmm)) > 10);
+    }
+}
+
+/// 4096 MiB are in two parts, with a hole between them.
+pub fn who_expects_a_size_takes_any() {
+    for mib in [128, 4096] {
+        let (vmm, mut api) = parent(mib, true);
+        api.reach("Paused");
+        let before = said(&vmm);
+        let expected = [mib, mib / 2, mib * 2];
+        for other in expected {
+            let mut heir = Heir::expecting("copy", other);
+            clone(&mut api, &request(&[heir.child()]));
+            let_run(&mut heir.api);
+            let config = heir.api.get("/vm/config");
+            assert_eq!(config["machine-config"]["mem_size_mib"], mib);
+            let slow = std::fs::read_to_string(heir.vmm.path("log")).expect("a log");
+            let slow = slow.contains("another machine was made ready for");
+            assert_eq!(slow, other != mib);
+            let mut stream = before.clone();
+            stream.extend(heir.vmm.terminate().stdout);
+            assert!(check_counts(&stream) > 10);
+        }
+    }
+}
+
+/// It has made itself ready for a copy, and boots a machine itself.
+pub fn who_expects_a_copy_may_boot() {
+    for mib in [128, 64] {
+        let mut heir = Heir::expecting("boots", 128);
+        configure(&heir.vmm, &mut heir.api, 2, mib);
+        heir.api.start();
+        let_run(&mut heir.api);
+        assert!(check_counts(&heir.vmm.terminate().stdout) > 10);
     }
 }
 

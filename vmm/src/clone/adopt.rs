@@ -5,10 +5,12 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use lepton_api::types::HugePages;
+use lepton_devices::Memory;
 use lepton_hostio::listener::{BindError, SocketFile};
 use lepton_hostio::packet::{Packet, PacketListener, PacketSocket};
 use lepton_snapshot::MAX_STATE;
@@ -205,8 +207,13 @@ pub struct Adopted {
 }
 
 impl Adoption {
-    /// Takes what is offered apart, opens what the machine needs of the host, and maps its memory.
-    pub fn take(&mut self, entropy: &Entropy) -> Result<Adopted, AdoptError> {
+    /// Takes what is offered apart, opens what the machine needs of the host, and maps its memory: in `place`, if that is as
+    /// large. After an error `place` is of no use any more.
+    pub fn take(
+        &mut self,
+        entropy: &Entropy,
+        place: Option<Arc<Memory>>,
+    ) -> Result<Adopted, AdoptError> {
         let offer: Offer = codec::decode(&self.offer.bytes).map_err(AdoptError::Offer)?;
         if offer.version != VERSION {
             return Err(AdoptError::Version(offer.version));
@@ -261,7 +268,13 @@ impl Adoption {
         if saved != configured {
             return Err(AdoptError::MemorySize { saved, configured });
         }
-        let memory = memory::allocate(shape.memory, shape.huge_pages)?;
+        let fits = |place: &Arc<Memory>| {
+            shape.huge_pages == HugePages::None && memory::bytes(place) == configured
+        };
+        let memory = match place.filter(fits) {
+            Some(place) => place,
+            None => memory::allocate(shape.memory, shape.huge_pages)?,
+        };
         base.map(&memory, None)?;
         let ram = Ram::new(memory, Origin::Base(base));
         ram.protect();

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::mpsc::SyncSender;
 use std::time::Instant;
 
-use lepton_api::types::CloneMachine;
+use lepton_api::types::{CloneMachine, HugePages};
 use lepton_api::{Action, Fault, Reply};
 
 use super::dispatch::{Controller, Next, console_of, refused};
@@ -22,7 +22,9 @@ use crate::kvm::Hypervisor;
 use crate::machine::Paused;
 use crate::machine::restore::{self, Restoration};
 use crate::machine::state::MachineState;
+use crate::memory;
 use crate::memory::freeze::Frozen;
+use crate::vcpu::Standby;
 use crate::vcpu::state::Saveable;
 
 fn fault(error: CloneError) -> Fault {
@@ -159,6 +161,9 @@ impl Controller {
             Err(error) => {
                 log::warn!("a machine that was offered is refused: {error}");
                 adoption.refuse(&error);
+                if self.hypervisor.is_none() {
+                    self.expect_offers();
+                }
                 return Next::Continue;
             }
         };
@@ -190,13 +195,15 @@ impl Controller {
         adoption: &mut Adoption,
         events: &mut Loop,
     ) -> Result<Restored, AdoptError> {
-        let mut adopted = adoption.take(&self.options.entropy)?;
-        adopted.configuration.serial = self.configuration.serial.clone();
-        let (console, room) = console_of(&adopted.configuration.serial)?;
+        // If this fails it is lost: a machine's memory may lie where the next one's would.
         let hypervisor = match self.hypervisor.take() {
             Some(ready) => ready,
             None => Hypervisor::open()?,
         };
+        let place = hypervisor.prepared_memory();
+        let mut adopted = adoption.take(&self.options.entropy, place)?;
+        adopted.configuration.serial = self.configuration.serial.clone();
+        let (console, room) = console_of(&adopted.configuration.serial)?;
         let restoration = Restoration {
             state: &adopted.state,
             vcpus: adopted.configuration.shape().topology.vcpus,
@@ -218,11 +225,20 @@ impl Controller {
         })
     }
 
-    /// Makes KVM ready for a machine that will be offered.
+    /// Makes KVM ready for a machine that will be offered. What fails is tried again when it is needed, and told then.
     pub fn expect_offers(&mut self) {
-        if let Ok(hypervisor) = Hypervisor::open() {
-            hypervisor.prepare();
-            self.hypervisor = Some(hypervisor);
+        let Ok(hypervisor) = Hypervisor::open() else {
+            return;
+        };
+        let size = self.options.adopt_memory;
+        match size.and_then(|size| memory::allocate(size, HugePages::None).ok()) {
+            Some(place) => hypervisor.prepare_with(place),
+            None => hypervisor.prepare(),
+        }
+        self.hypervisor = Some(hypervisor);
+        if self.standby.is_none() {
+            let confine = self.options.confine_vcpu.clone();
+            self.standby = Standby::start(0, move || confine()).ok();
         }
     }
 }

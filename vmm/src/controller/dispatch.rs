@@ -23,11 +23,12 @@ use crate::identity::Entropy;
 use crate::kvm::{self, Hypervisor};
 use crate::machine::Paused;
 use crate::machine::build::{self, Blueprint, BuildError, Built, Console, Surroundings};
+use crate::memory::MemorySize;
 use crate::memory::small_pages::SmallPages;
 use crate::metrics::{Counted, Metrics};
 use crate::reach::{Reach, ReachError, Within};
-use crate::vcpu::Stop;
 use crate::vcpu::state::Saveable;
+use crate::vcpu::{Standby, Stop};
 
 /// The version of Firecracker's API that is spoken; clients ask for it by GET /version.
 const API_VERSION: &str = "1.17.0";
@@ -46,6 +47,8 @@ pub struct Options {
     pub entropy: Entropy,
     /// Where requests may open files once the machine was started: `--allow-path`.
     pub allow_path: Vec<PathBuf>,
+    /// Memory of the machine that this process will be offered, if that is known: `--adopt-mem-mib`.
+    pub adopt_memory: Option<MemorySize>,
     /// The process's own sockets: the API's, and that of `--adopt`.
     pub sockets: Vec<PathBuf>,
 }
@@ -81,6 +84,8 @@ pub struct Controller {
     pub(super) held: Option<Held>,
     /// Made ready ahead of the start, which takes it.
     pub(super) hypervisor: Option<Hypervisor>,
+    /// The first vCPU's thread, if this process waits for offers.
+    pub(super) standby: Option<Standby>,
     /// What KVM can save of a vCPU here, once it was asked.
     pub(super) saveable: Option<Saveable>,
     pub(super) metrics: Metrics,
@@ -103,6 +108,7 @@ impl Controller {
             configuration: Configuration::new()?,
             held: None,
             hypervisor: None,
+            standby: None,
             saveable: None,
             metrics: Metrics::default(),
             terminal: None,
@@ -339,7 +345,7 @@ impl Controller {
             generation: self.options.entropy.generation,
         };
         let mailbox = self.mailbox.clone();
-        let around = surroundings(&self.options, mailbox);
+        let around = surroundings(&self.options, self.standby.take(), mailbox);
         let small_pages = match shape.huge_pages {
             HugePages::None => SmallPages::begin()?,
             HugePages::Hugetlbfs2M | HugePages::Transparent => None,
@@ -391,8 +397,8 @@ impl Controller {
     }
 
     /// What surrounds a machine of this process.
-    pub(super) fn surroundings(&self) -> Surroundings {
-        surroundings(&self.options, self.mailbox.clone())
+    pub(super) fn surroundings(&mut self) -> Surroundings {
+        surroundings(&self.options, self.standby.take(), self.mailbox.clone())
     }
 
     /// Connects a new machine to the event loop and to the terminal.
@@ -464,8 +470,9 @@ fn configure_log(logger: &Logger) -> Result<(), Fault> {
     crate::log::configure(logger).map_err(|e| refused(format!("log_path {e}")))
 }
 
-fn surroundings(options: &Options, mailbox: Mailbox) -> Surroundings {
+fn surroundings(options: &Options, standby: Option<Standby>, mailbox: Mailbox) -> Surroundings {
     Surroundings {
+        standby,
         stopped: Arc::new(move |stop| mailbox.send(Message::Stopped(stop))),
         confine_vcpu: options.confine_vcpu.clone(),
         boot_timer: options.boot_timer,

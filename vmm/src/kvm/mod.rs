@@ -1,7 +1,7 @@
 //! Every ioctl on KVM and on a virtual machine.
 #![allow(unsafe_code)] // handing memory to KVM
 
-use std::cell::{Cell, OnceCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
 use std::sync::{Arc, OnceLock};
 
@@ -57,10 +57,27 @@ fn call<T>(call: &'static str, result: Result<T, kvm_ioctls::Error>) -> Result<T
 /// The host's KVM, for one machine.
 pub struct Hypervisor {
     kvm: Arc<Kvm>,
-    /// A machine to which nothing has been given yet, if one was made ahead.
-    blank: Cell<Option<VmFd>>,
+    /// A machine that was made ahead.
+    ahead: RefCell<Option<Ahead>>,
     /// What was asked for ahead.
     cpuid: OnceCell<CpuId>,
+}
+
+/// How far a machine is that was made ahead.
+enum Ahead {
+    /// Nothing was given to it yet.
+    Blank(VmFd),
+    /// It has this memory, and its first vCPU.
+    Fitted(Arc<Memory>, Vm),
+}
+
+impl Ahead {
+    fn suits(&self, memory: &Memory, track_dirty: bool) -> bool {
+        match self {
+            Ahead::Blank(_) => true,
+            Ahead::Fitted(has, _) => std::ptr::eq(&raw const **has, memory) && !track_dirty,
+        }
+    }
 }
 
 /// What [`use_descriptor`] was given.
@@ -102,7 +119,7 @@ impl Hypervisor {
         }
         Ok(Hypervisor {
             kvm,
-            blank: Cell::new(None),
+            ahead: RefCell::new(None),
             cpuid: OnceCell::new(),
         })
     }
@@ -110,8 +127,33 @@ impl Hypervisor {
     /// Does ahead of time what depends on nothing that is configured. What fails is tried again when it is needed, and
     /// told then.
     pub fn prepare(&self) {
-        self.blank.set(self.kvm.create_vm().ok());
+        let blank = self.kvm.create_vm().ok();
+        self.ahead.replace(blank.map(Ahead::Blank));
         drop(self.supported_cpuid());
+    }
+
+    /// The same for a machine that will have `memory`, whatever is mapped there by then: a slot for memory that is set some
+    /// time after KVM_CREATE_VM costs a grace period too. With its first vCPU, and no record of written pages.
+    pub fn prepare_with(&self, memory: Arc<Memory>) {
+        let fitted = self.new_vm().and_then(|fd| fit(fd, &memory, false));
+        let fitted = fitted.and_then(|vm| {
+            vm.first.set(Some(vm.create_vcpu(0)?));
+            Ok(Ahead::Fitted(memory, vm))
+        });
+        self.ahead.replace(fitted.ok());
+        drop(self.supported_cpuid());
+    }
+
+    /// What [`Self::prepare_with`] was given, if that machine is still to be had.
+    pub fn prepared_memory(&self) -> Option<Arc<Memory>> {
+        match &*self.ahead.borrow() {
+            Some(Ahead::Fitted(memory, _)) => Some(memory.clone()),
+            Some(Ahead::Blank(_)) | None => None,
+        }
+    }
+
+    fn new_vm(&self) -> Result<VmFd, KvmError> {
+        call("KVM_CREATE_VM", self.kvm.create_vm())
     }
 
     /// CPUID that KVM can give a guest on this host. Slow on a host that is itself a guest.
@@ -162,48 +204,71 @@ impl Hypervisor {
     /// The order matters: once there is an interrupt controller, each memory slot costs a grace period of the host
     /// kernel, several milliseconds.
     pub fn create_vm(&self, memory: &Memory, track_dirty: bool) -> Result<Vm, KvmError> {
-        let fd = match self.blank.take() {
-            Some(fd) => fd,
-            None => call("KVM_CREATE_VM", self.kvm.create_vm())?,
-        };
-        let flags = if track_dirty {
-            KVM_MEM_LOG_DIRTY_PAGES
-        } else {
-            0
-        };
-        for (slot, region) in memory.iter().enumerate() {
-            let slot_bytes = kvm_userspace_memory_region {
-                slot: slot as u32,
-                flags,
-                guest_phys_addr: region.start_addr().0,
-                memory_size: region.len(),
-                userspace_addr: region.as_ptr() as u64,
-            };
-            // SAFETY: the range is a mapping that `region` owns, slots do not overlap because regions do not, and
-            // `Machine` keeps the memory until every vCPU of this VM has stopped.
-            let set = unsafe { fd.set_user_memory_region(slot_bytes) };
-            call("KVM_SET_USER_MEMORY_REGION", set)?;
+        let mut ahead = self.ahead.borrow_mut();
+        match ahead.take_if(|ahead| ahead.suits(memory, track_dirty)) {
+            Some(Ahead::Fitted(_, vm)) => Ok(vm),
+            Some(Ahead::Blank(fd)) => fit(fd, memory, track_dirty),
+            None => {
+                if let Some(other) = ahead.take() {
+                    log::info!("another machine was made ready for: this one's start takes longer");
+                    // To let go of it takes many grace periods: that is for the process's end.
+                    std::mem::forget(other);
+                }
+                fit(self.new_vm()?, memory, track_dirty)
+            }
         }
-        call("KVM_SET_TSS_ADDR", fd.set_tss_address(layout::TSS))?;
-        let split = kvm_enable_cap {
-            cap: KVM_CAP_SPLIT_IRQCHIP,
-            // Room for the routes of an I/O APIC, should there ever be any.
-            args: [ioapic::MAX_PINS as u64, 0, 0, 0],
-            ..Default::default()
-        };
-        call("KVM_CAP_SPLIT_IRQCHIP", fd.enable_cap(&split))?;
-        Ok(Vm { fd: Arc::new(fd) })
     }
+}
+
+/// Gives memory and local APICs to a machine that has nothing.
+fn fit(fd: VmFd, memory: &Memory, track_dirty: bool) -> Result<Vm, KvmError> {
+    let flags = if track_dirty {
+        KVM_MEM_LOG_DIRTY_PAGES
+    } else {
+        0
+    };
+    for (slot, region) in memory.iter().enumerate() {
+        let slot_bytes = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the range is a mapping that `region` owns, slots do not overlap because regions do not, and
+        // `Machine` (before it, `Ahead`) keeps the memory until every vCPU of this VM has stopped.
+        let set = unsafe { fd.set_user_memory_region(slot_bytes) };
+        call("KVM_SET_USER_MEMORY_REGION", set)?;
+    }
+    call("KVM_SET_TSS_ADDR", fd.set_tss_address(layout::TSS))?;
+    let split = kvm_enable_cap {
+        cap: KVM_CAP_SPLIT_IRQCHIP,
+        // Room for the routes of an I/O APIC, should there ever be any.
+        args: [ioapic::MAX_PINS as u64, 0, 0, 0],
+        ..Default::default()
+    };
+    call("KVM_CAP_SPLIT_IRQCHIP", fd.enable_cap(&split))?;
+    Ok(Vm {
+        fd: Arc::new(fd),
+        first: Cell::new(None),
+    })
 }
 
 /// One virtual machine in KVM.
 pub struct Vm {
     fd: Arc<VmFd>,
+    /// vCPU 0, if it was made ahead.
+    first: Cell<Option<VcpuFd>>,
 }
 
 impl Vm {
     /// Makes vCPU `id`; the APIC id is the same number.
     pub fn create_vcpu(&self, id: u8) -> Result<VcpuFd, KvmError> {
+        if id == 0
+            && let Some(ready) = self.first.take()
+        {
+            return Ok(ready);
+        }
         call("KVM_CREATE_VCPU", self.fd.create_vcpu(u64::from(id)))
     }
 

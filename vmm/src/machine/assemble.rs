@@ -19,7 +19,7 @@ use crate::kvm::Vm;
 use crate::memory::Ram;
 use crate::vcpu::bus::Bus;
 use crate::vcpu::state::Vcpu;
-use crate::vcpu::{Gate, VcpuMetrics, VcpuShared, VcpuThread};
+use crate::vcpu::{Gate, Standby, VcpuMetrics, VcpuShared};
 
 /// Why the parts do not become a machine.
 #[derive(Debug, thiserror::Error)]
@@ -125,10 +125,15 @@ pub fn assemble(parts: Parts, around: Surroundings) -> Result<Built, AssembleErr
         vm,
         ram,
     };
+    let mut standby = around.standby;
     for (id, Vcpu { fd, cpuid }) in (0u8..).zip(vcpus) {
         let confine = around.confine_vcpu.clone();
-        let thread = VcpuThread::spawn(id, fd, shared.clone(), move || confine())
-            .map_err(|source| AssembleError::Thread { id, source })?;
+        let thread = match standby.take() {
+            Some(ready) => Ok(ready),
+            None => Standby::start(id, move || confine()),
+        };
+        let thread = thread.and_then(|ready| ready.run(fd, shared.clone()));
+        let thread = thread.map_err(|source| AssembleError::Thread { id, source })?;
         machine.vcpus.push(thread);
         machine.cpuid.push(cpuid);
     }

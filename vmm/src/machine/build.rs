@@ -29,8 +29,8 @@ use crate::kvm::{Hypervisor, KvmError, Vm};
 use crate::loader::{self, BootInfo, Entry, Image, LoadError, Placed};
 use crate::memory::{self, MemoryError, Origin, Ram};
 use crate::reach::{self, ReachError};
-use crate::vcpu::Stop;
 use crate::vcpu::state::{CpuidLeaf, Vcpu};
+use crate::vcpu::{Standby, Stop};
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +76,8 @@ pub struct Surroundings {
     pub stopped: Arc<dyn Fn(Stop) + Send + Sync>,
     /// Runs first on each vCPU thread.
     pub confine_vcpu: Arc<dyn Fn() -> io::Result<()> + Send + Sync>,
+    /// The thread of the first vCPU, if it was started ahead.
+    pub standby: Option<Standby>,
     /// `--boot-timer`.
     pub boot_timer: bool,
 }

@@ -169,7 +169,7 @@ impl Ram {
 
     /// Bytes of memory.
     pub fn memory_bytes(&self) -> u64 {
-        self.memory.iter().map(|region| region.len()).sum()
+        bytes(&self.memory)
     }
 
     /// What is to be counted to know how much of memory is this process's alone, and how much it has in common with
@@ -223,6 +223,11 @@ impl Ram {
     pub fn dirty(&self) -> Option<Arc<DirtyPages>> {
         Some(self.tracking.as_ref()?.devices.clone())
     }
+}
+
+/// Bytes of memory.
+pub fn bytes(memory: &Memory) -> u64 {
+    memory.iter().map(|region| region.len()).sum()
 }
 
 /// Maps guest memory. Pages cost nothing until the guest touches them.

@@ -6,7 +6,7 @@ mod kick;
 pub mod state;
 
 use std::io;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Sender, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -57,24 +57,35 @@ pub struct VcpuThread {
     thread: Option<JoinHandle<()>>,
 }
 
-impl VcpuThread {
-    /// Starts the thread of vCPU `id`. It waits at `gate` before the first instruction; `setup` runs on the new
-    /// thread before anything else and is where its seccomp filter goes.
-    pub fn spawn(
+/// A thread that is confined, and waits for the vCPU that it is to run. Dropped, it ends.
+pub struct Standby {
+    thread: JoinHandle<()>,
+    seat: SyncSender<Seat>,
+}
+
+struct Seat {
+    fd: Arc<Mutex<VcpuFd>>,
+    shared: VcpuShared,
+    kick: Kick,
+}
+
+impl Standby {
+    /// Starts the thread of vCPU `id`. `setup` runs on it before anything else and is where its seccomp filter goes.
+    pub fn start(
         id: u8,
-        mut fd: VcpuFd,
-        shared: VcpuShared,
         setup: impl FnOnce() -> io::Result<()> + Send + 'static,
     ) -> io::Result<Self> {
-        let kick = Kick::new(&mut fd);
-        let fd = Arc::new(Mutex::new(fd));
-        let (own, clear) = (fd.clone(), kick.clone());
+        let (seat, given) = sync_channel(1);
         let thread = std::thread::Builder::new()
             .name(format!("vcpu {id}"))
             .stack_size(256 << 10)
             .spawn(move || {
-                let stop = match setup() {
-                    Ok(()) => run(&own, &shared, &clear),
+                let ready = setup();
+                let Ok(Seat { fd, shared, kick }) = given.recv() else {
+                    return;
+                };
+                let stop = match ready {
+                    Ok(()) => run(&fd, &shared, &kick),
                     Err(error) => Some(Stop::Failed(format!("vCPU {id}: {error}"))),
                 };
                 if let Some(stop) = stop {
@@ -82,13 +93,29 @@ impl VcpuThread {
                 }
                 shared.gate.left();
             })?;
+        Ok(Standby { thread, seat })
+    }
+
+    /// Gives it its vCPU, which waits at the gate before the first instruction.
+    pub fn run(self, mut fd: VcpuFd, shared: VcpuShared) -> io::Result<VcpuThread> {
+        let Standby { thread, seat } = self;
+        let kick = Kick::new(&mut fd);
+        let fd = Arc::new(Mutex::new(fd));
+        let taken = seat.send(Seat {
+            fd: fd.clone(),
+            shared,
+            kick: kick.clone(),
+        });
+        taken.map_err(|_| io::Error::other("it has ended"))?;
         Ok(VcpuThread {
             kick,
             fd,
             thread: Some(thread),
         })
     }
+}
 
+impl VcpuThread {
     /// Makes the vCPU leave the guest and look at its gate.
     pub fn interrupt(&self) {
         if let Some(thread) = &self.thread {
