@@ -425,6 +425,7 @@ fn replies_have_the_described_fields() {
         state: InstanceState::NotStarted,
         vmm_version: "1".into(),
         app_name: "b".into(),
+        template: true,
     };
     let copy = ClonedChild {
         id: "a".into(),

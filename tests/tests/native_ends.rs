@@ -73,6 +73,8 @@ fn version_and_help() {
         "--seccomp-filter",
         "--no-seccomp",
         "--http-api-max-payload-size",
+        "--template",
+        "--template-memory",
         "--start-time-us",
         "--start-time-cpu-us",
         "--parent-cpu-time-us",
@@ -99,6 +101,28 @@ fn what_the_command_line_cannot_mean() {
         let value = arguments.iter().rfind(|word| !word.is_empty());
         let value = value.map_or("", |word| word);
         assert!(err.contains(value), "{arguments:?}: {err}");
+    }
+    // What is missing, or too much, is said.
+    let template = ["--template", "s", "--template-memory", "m"];
+    for (arguments, wanted) in [
+        (&template[..2], "--template-memory <PATH>"),
+        (&template[2..], "--template <PATH>"),
+        (
+            &[&template[..], &["--adopt", "a"]].concat(),
+            "'--adopt <PATH>'",
+        ),
+        (
+            &[&template[..], &["--config-file", "c"]].concat(),
+            "'--config-file <PATH>'",
+        ),
+        (
+            &[&template[..], &["--no-api"]].concat(),
+            "cannot be used with '--no-api'",
+        ),
+    ] {
+        let (code, _, err) = run(arguments);
+        assert_eq!(code, Some(153), "{arguments:?}: {err}");
+        assert!(err.contains(wanted), "{arguments:?}: {err}");
     }
 }
 

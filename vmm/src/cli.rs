@@ -106,6 +106,19 @@ pub struct Cli {
     #[arg(long, value_name = "MIB", value_parser = parse_memory)]
     pub adopt_mem_mib: Option<MemorySize>,
 
+    /// State file of a saved machine that this process keeps to be cloned, and does not run.
+    #[arg(
+        long,
+        value_name = "PATH",
+        requires = "template_memory",
+        conflicts_with_all = ["config_file", "no_api", "adopt", "adopt_fd", "adopt_mem_mib", "boot_timer", "kvm_fd", "tap_fd"]
+    )]
+    pub template: Option<PathBuf>,
+
+    /// Memory file of the machine that --template names.
+    #[arg(long, value_name = "PATH", requires = "template")]
+    pub template_memory: Option<PathBuf>,
+
     /// Wall clock in microseconds when this process was started, for the metrics.
     #[arg(long, value_name = "MICROSECONDS")]
     pub start_time_us: Option<u64>,

@@ -271,6 +271,10 @@ fn configure(cli: &Cli, controller: &mut Controller, events: &mut Loop) -> Resul
         };
         apply(Action::PutMetrics(target), ExitCode::Failure)?;
     }
+    if let (Some(state), Some(memory)) = (&cli.template, &cli.template_memory) {
+        let kept = controller.keep_template(state, memory);
+        return kept.map_err(failure(ExitCode::Failure, "--template"));
+    }
     if let Some(path) = &cli.config_file {
         let bad = ExitCode::BadConfiguration;
         let file = path.display().to_string();

@@ -49,6 +49,9 @@ pub struct InstanceInfo {
     pub vmm_version: String,
     /// Name of the VMM.
     pub app_name: String,
+    /// Whether this is a saved machine that is kept to be cloned by `PUT /clone`, and never runs (our addition).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub template: bool,
 }
 
 /// Where the machine is in its life.

@@ -1,5 +1,6 @@
 //! Copies of a running machine. Ours only: no peer has such a request.
 
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -29,6 +30,11 @@ pub const FIGURES: &[FigureKind] = &[
     lower(
         ANSWER,
         "PUT /clone of one copy to its answer, 128 MiB",
+        "ms",
+    ),
+    lower(
+        TEMPLATE,
+        "PUT /clone to a template to the copy's first instruction, 128 MiB, the process waiting",
         "ms",
     ),
     lower(
@@ -67,6 +73,7 @@ pub const FIGURES: &[FigureKind] = &[
 ];
 
 const FIRST: &str = "clone.first-instruction";
+const TEMPLATE: &str = "clone.template";
 const POOLED: &str = "clone.pool-warm";
 const SPAWNED: &str = "clone.pool-cold";
 const ANSWER: &str = "clone.answer";
@@ -100,6 +107,11 @@ pub fn cases(context: &Context) -> Vec<Case<'_>> {
             None,
             &[FIRST, ANSWER],
             Box::new(move || first_instruction(context, side)),
+        );
+        case(
+            None,
+            &[TEMPLATE],
+            Box::new(move || from_template(context, side)),
         );
         for (size, figures) in [(1, &[POOLED]), (0, &[SPAWNED])] {
             let run = move || from_pool(context, side, size, figures[0]);
@@ -154,17 +166,29 @@ impl Vmm {
         more: &[String],
     ) -> Result<Self, Failure> {
         let place = Place::new(guest, context.patience)?;
-        let socket = place.folder().join("api.sock");
         let adopt = place.folder().join("adopt.sock");
+        let mut options = vec!["--adopt".as_ref(), adopt.as_os_str()];
+        options.extend(more.iter().map(OsStr::new));
+        let mut vmm = Self::start(context, side, place, &options)?;
+        vmm.adopt = adopt;
+        Ok(vmm)
+    }
+
+    /// One that waits for no machine.
+    fn start(
+        context: &Context,
+        side: &Side,
+        place: Place,
+        options: &[&OsStr],
+    ) -> Result<Self, Failure> {
+        let socket = place.folder().join("api.sock");
         let mut command = Command::new(&side.program);
         command
             .args(["--level", "Error", "--log-path"])
             .arg(place.folder().join(VMM_LOG))
             .arg("--api-sock")
             .arg(&socket)
-            .arg("--adopt")
-            .arg(&adopt)
-            .args(more);
+            .args(options);
         let running = Running::spawn(&mut command, place.folder(), context.patience)?;
         let (stream, _) = running.connect(&socket)?;
         stream.set_read_timeout(Some(context.patience))?;
@@ -175,7 +199,7 @@ impl Vmm {
         Ok(Self {
             running,
             client,
-            adopt,
+            adopt: PathBuf::new(),
             place,
         })
     }
@@ -249,6 +273,24 @@ fn first_instruction(context: &Context, side: &Side) -> Result<Vec<Reading>, Fai
         Reading::milliseconds(FIRST, ran),
         Reading::milliseconds(ANSWER, answered),
     ])
+}
+
+/// A copy of a machine that was saved, and of which none runs.
+fn from_template(context: &Context, side: &Side) -> Result<Vec<Reading>, Failure> {
+    let mut child = Vmm::heir(context, side, 128)?;
+    let place = Place::new(Guest::Idle, context.patience)?;
+    let (state, memory) = (place.folder().join("state"), place.folder().join("memory"));
+    let mut machine = beating(context, side)?;
+    machine.pause()?;
+    let files = json!({ "snapshot_path": state, "mem_file_path": memory });
+    machine.put("/snapshot/create", &files)?;
+    drop(machine);
+    let options = ["--template".as_ref(), state.as_os_str()];
+    let of_memory = ["--template-memory".as_ref(), memory.as_os_str()];
+    let options = [options, of_memory].concat();
+    let mut template = Vmm::start(context, side, place, &options)?;
+    let (ran, _) = template.clone_one(&mut child)?;
+    Ok(vec![Reading::milliseconds(TEMPLATE, ran)])
 }
 
 /// A copy that was started by others. Dropped, it ends.

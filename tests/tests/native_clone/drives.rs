@@ -21,15 +21,15 @@ const WRITES: &str = "lepton_block_write_count";
 
 /// A folder with a base image, and a machine whose guest writes all of an overlay over it, reads and checks it, and so on
 /// with other data, until it finds a difference.
-struct Writer {
-    folder: TempDir,
-    vmm: Vmm,
-    api: Api,
+pub struct Writer {
+    pub folder: TempDir,
+    pub vmm: Vmm,
+    pub api: Api,
 }
 
 impl Writer {
     #[track_caller]
-    fn new(engine: &str, cache: &str) -> Self {
+    pub fn new(engine: &str, cache: &str) -> Self {
         let folder = tempfile::tempdir().expect("a temporary directory");
         fs::write(folder.path().join("base"), vec![7; SIZE]).expect("a base");
         let drive = json!({
@@ -42,7 +42,7 @@ impl Writer {
         Writer { folder, vmm, api }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
@@ -78,12 +78,12 @@ fn start(drives: &[Value]) -> (Vmm, Api) {
 }
 
 /// Waits until the guest has read all that was on the drive when it was cloned, and found it right.
-fn check_all(api: &mut Api) {
+pub fn check_all(api: &mut Api) {
     let read = api.counter(READS);
     api.wait_for_more(READS, read + ROUND + 8);
 }
 
-fn write_some(api: &mut Api) {
+pub fn write_some(api: &mut Api) {
     let written = api.counter(WRITES);
     api.wait_for_more(WRITES, written + 20);
 }
@@ -103,7 +103,7 @@ fn layers(drive: &Value) -> Vec<PathBuf> {
 
 /// All of a drive that nobody writes.
 #[track_caller]
-fn content(base: &Path, layers: &[PathBuf], own: &Path) -> Vec<u8> {
+pub fn content(base: &Path, layers: &[PathBuf], own: &Path) -> Vec<u8> {
     let chain = Chain::open(base, layers).expect("a chain");
     let mut overlay = Overlay::open(chain, own, true).expect("an overlay");
     let mut bytes = vec![0; SIZE];

@@ -7,6 +7,7 @@ mod generation;
 mod going_on;
 mod identity;
 mod refused;
+mod template;
 
 use std::process::ExitCode;
 
@@ -19,6 +20,7 @@ use generation::*;
 use going_on::*;
 use identity::*;
 use refused::*;
+use template::*;
 
 const PROBE: Need = Need::File("LEPTON_PROBE");
 
@@ -48,6 +50,10 @@ fn main() -> ExitCode {
             test!(a_guest_that_does_not_confirm_is_no_copy),
             test!(identities_that_are_none_are_named),
             test!(a_machine_is_not_loaded_as_another_unless_its_guest_confirms),
+            test!(a_template_is_cloned_again_and_again),
+            test!(what_a_template_is_not_asked_for),
+            test!(a_damaged_memory_is_no_template),
+            test!(copies_of_a_template_have_drives_of_their_own).needs(PROBE),
             test!(all_children_or_none),
             test!(what_cannot_be_cloned_is_named),
             test!(who_is_silent_holds_nobody_up),

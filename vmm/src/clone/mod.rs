@@ -24,8 +24,10 @@ mod hand_over;
 mod heirs;
 pub mod message;
 mod pool;
+mod template;
 
 pub use adopt::{AdoptError, Adopter, Adoption, Source};
 pub use drives::{NewFiles, wanted as wanted_drives};
 pub use hand_over::{CloneError, Finished, HandOver};
 pub use heirs::Heirs;
+pub use template::{Template, TemplateError};

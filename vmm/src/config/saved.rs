@@ -266,6 +266,17 @@ pub enum SavedConfigError {
 }
 
 impl SavedConfig {
+    /// The same without devices.
+    #[must_use]
+    pub fn without_devices(&self) -> Self {
+        SavedConfig {
+            machine: self.machine.clone(),
+            drives: Vec::new(),
+            interfaces: Vec::new(),
+            vsock: None,
+        }
+    }
+
     /// Changes where devices are.
     pub fn apply(&mut self, overrides: &Overrides) -> Result<(), SavedConfigError> {
         let unknown = |what, kind, id: &str| SavedConfigError::Unknown {

@@ -95,6 +95,9 @@ impl Controller {
 
     /// What can be refused is refused first, then the machine stands still for as long as must be.
     fn begin_clone(&mut self, request: &CloneMachine) -> Result<HandOver, CloneError> {
+        if let Phase::Template(template) = &self.phase {
+            return template.hand_over(request);
+        }
         let drives = clone::wanted_drives(request, self.configuration.devices.drives())?;
         let heirs = Heirs::ask(request)?;
         let saveable = match self.saveable.take() {
@@ -123,7 +126,7 @@ impl Controller {
                 (Phase::Paused(paused), taken)
             }
             // The policy has refused before.
-            Phase::Configuring => (Phase::Configuring, Err(CloneError::Count(0))),
+            phase @ (Phase::Configuring | Phase::Template(_)) => (phase, Err(CloneError::Count(0))),
         };
         self.phase = phase;
         self.saveable = Some(saveable);

@@ -319,10 +319,11 @@ impl Controller {
             state: match self.phase.stage() {
                 Stage::Fresh | Stage::Configuring => InstanceState::NotStarted,
                 Stage::Running | Stage::Held => InstanceState::Running,
-                Stage::Paused => InstanceState::Paused,
+                Stage::Paused | Stage::Template => InstanceState::Paused,
             },
             vmm_version: env!("CARGO_PKG_VERSION").into(),
             app_name: APP_NAME.into(),
+            template: self.phase.stage() == Stage::Template,
         }
     }
 

@@ -15,9 +15,11 @@ pub enum Stage {
     Paused,
     /// Restored, and its guest is to take on who it is before anything else.
     Held,
+    /// Kept to be cloned: nothing of it ever runs here.
+    Template,
 }
 
-/// Why an action is not allowed now. All texts but the last three are Firecracker's.
+/// Why an action is not allowed now. All texts but the last four are Firecracker's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Denied {
     /// Too early.
@@ -40,6 +42,11 @@ pub enum Denied {
     /// The guest is still somebody else.
     #[error("The microVM is held until its guest has taken on its identity.")]
     Held,
+    /// There is no machine here.
+    #[error(
+        "This process keeps a template, of which nothing runs here: PUT /clone makes running copies of it in other processes."
+    )]
+    Template,
 }
 
 /// Whether `action` is allowed in `stage`.
@@ -49,6 +56,8 @@ pub fn allow(stage: Stage, action: &Action) -> Result<(), Denied> {
     match action {
         GetInstanceInfo | GetVersion | GetMachineConfig | GetVmConfig | GetMetrics => Ok(()),
         _ if stage == Stage::Held => Err(Denied::Held),
+        FlushMetrics | Clone(_) if stage == Stage::Template => Ok(()),
+        _ if stage == Stage::Template => Err(Denied::Template),
         InstanceStart
         | PutBootSource(_)
         | PutCpuConfig(_)
@@ -81,17 +90,19 @@ pub fn allow(stage: Stage, action: &Action) -> Result<(), Denied> {
         }
         ResetDrive(_) => match stage {
             Stage::Fresh | Stage::Configuring | Stage::Paused => Ok(()),
-            Stage::Running | Stage::Held => Err(Denied::RunningDrive),
+            Stage::Running | Stage::Held | Stage::Template => Err(Denied::RunningDrive),
         },
         CreateSnapshot(_) => match stage {
             Stage::Fresh | Stage::Configuring => Err(Denied::BeforeStart),
-            Stage::Running | Stage::Held => Err(Denied::NotPaused),
+            Stage::Running | Stage::Held | Stage::Template => Err(Denied::NotPaused),
             Stage::Paused => Ok(()),
         },
         LoadSnapshot(_) => match stage {
             Stage::Fresh => Ok(()),
             Stage::Configuring => Err(Denied::Configured),
-            Stage::Running | Stage::Paused | Stage::Held => Err(Denied::AfterStart),
+            Stage::Running | Stage::Paused | Stage::Held | Stage::Template => {
+                Err(Denied::AfterStart)
+            }
         },
     }
 }
@@ -106,6 +117,20 @@ mod tests {
         assert_eq!(allow(Stage::Held, &Action::GetVmConfig), Ok(()));
         for action in [Action::InstanceStart, Action::SendCtrlAltDel] {
             assert_eq!(allow(Stage::Held, &action), Err(Denied::Held));
+        }
+    }
+
+    #[test]
+    fn a_template_can_be_read_and_cloned() {
+        for state in [VmState::Paused, VmState::Resumed] {
+            let action = Action::PatchVm(VmStateChange { state });
+            assert_eq!(allow(Stage::Template, &action), Err(Denied::Template));
+        }
+        for action in [Action::InstanceStart, Action::SendCtrlAltDel] {
+            assert_eq!(allow(Stage::Template, &action), Err(Denied::Template));
+        }
+        for action in [Action::GetInstanceInfo, Action::FlushMetrics] {
+            assert_eq!(allow(Stage::Template, &action), Ok(()));
         }
     }
 

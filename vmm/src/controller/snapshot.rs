@@ -1,5 +1,7 @@
 //! The requests that save a machine and load one.
 
+use std::path::Path;
+
 use lepton_api::Fault;
 use lepton_api::types::{SnapshotCreate, SnapshotLoad, SnapshotType};
 
@@ -7,6 +9,7 @@ use super::dispatch::{Controller, console_of, refused};
 use super::held::{Held, Waiting};
 use super::phase::Phase;
 use super::policy::Denied;
+use crate::clone::{Template, TemplateError};
 use crate::config::saved::{Overrides, SavedConfig};
 use crate::events::Loop;
 use crate::identity::{Identity, Wanted};
@@ -75,6 +78,17 @@ impl Controller {
     ) -> Result<(), Fault> {
         self.load(request, events)
             .map_err(|error| refused(format!("Load snapshot error: {error}")))
+    }
+
+    /// `--template`: keeps a saved machine to be cloned.
+    pub fn keep_template(&mut self, state: &Path, memory: &Path) -> Result<(), TemplateError> {
+        let (template, configuration) = Template::open(state, memory)?;
+        self.configuration = configuration;
+        let mut reach = self.reach();
+        template.reach(&mut reach);
+        self.give_up_files(reach).map_err(LoadError::from)?;
+        self.phase = Phase::Template(Box::new(template));
+        Ok(())
     }
 
     fn load(&mut self, request: &SnapshotLoad, events: &mut Loop) -> Result<(), LoadError> {

@@ -22,6 +22,12 @@ pub enum FreezeError {
     /// Memory that comes from somewhere that only this process can ask.
     #[error("its memory comes from {0}, which a clone cannot ask for it")]
     Origin(&'static str),
+    /// Memory that comes from a snapshot as it is touched.
+    #[error(
+        "its memory comes from a snapshot, as it is touched: to clone a snapshot, start lepton-vmm --template STATE_FILE \
+         --template-memory MEMORY_FILE, and PUT /clone there"
+    )]
+    Snapshot,
     /// The host refused.
     #[error("memory: {0}")]
     Host(#[from] io::Error),
@@ -73,7 +79,7 @@ impl Ram {
                 self.origin = Origin::Base(Base::whole(file, bytes));
                 leftovers
             }
-            Origin::File(_) => return Err(FreezeError::Origin("a snapshot")),
+            Origin::File(_) => return Err(FreezeError::Snapshot),
             Origin::Elsewhere(_) => return Err(FreezeError::Origin("another process")),
         };
         self.protect();
@@ -96,14 +102,7 @@ impl Ram {
             runs = union(runs, base.small_parts());
         }
         let file = base::new_file(base.bytes())?;
-        let mut next = base.with(file.try_clone()?, &runs);
-        let mut gap = PAGE;
-        while next.extents().len() > MAX_EXTENTS {
-            // A page too many costs less than an extent too many.
-            gap *= 2;
-            runs = join(&runs, gap);
-            next = base.with(file.try_clone()?, &runs);
-        }
+        let next = with_few(base, &file, &mut runs)?;
         let places = Places::new(&self.memory);
         for &(at, bytes) in &runs {
             for part in places.of(at, bytes) {
@@ -117,6 +116,19 @@ impl Ram {
         next.map(&self.memory, Some(&runs))?;
         Ok(())
     }
+}
+
+/// `base` with `file` instead of what it has in `runs`, which are joined where they would make too many extents.
+pub(super) fn with_few(base: &Base, file: &File, runs: &mut Runs) -> io::Result<Base> {
+    let mut next = base.with(file.try_clone()?, runs);
+    let mut gap = PAGE;
+    while next.extents().len() > MAX_EXTENTS {
+        // A page too many costs less than an extent too many.
+        gap *= 2;
+        *runs = join(runs, gap);
+        next = base.with(file.try_clone()?, runs);
+    }
+    Ok(next)
 }
 
 /// Writes a part of guest memory to its place in a file.

@@ -3,15 +3,19 @@
 use std::io;
 use std::mem;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use lepton_api::types::HugePages;
+use lepton_snapshot::CHUNK;
 use serde::Serialize;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use super::base::{self, Base};
+use super::freeze::with_few;
 use super::pager::{PageError, Pager, Source};
 use super::userfault::Userfault;
 use super::{MemoryError, MemorySize, Origin, Ram, allocate, map};
@@ -36,6 +40,9 @@ pub enum ImageError {
         /// What failed.
         source: io::Error,
     },
+    /// A part of it is not what was saved, or cannot be read.
+    #[error(transparent)]
+    Page(#[from] PageError),
     /// The host refused.
     #[error("host: {0}")]
     Host(#[from] io::Error),
@@ -70,6 +77,29 @@ pub fn map_verified(
     let mut ram = Ram::new(memory, Origin::File(Mutex::new(own)));
     ram.pager = Some(pager.spawn(failed)?);
     Ok(ram)
+}
+
+/// Reads and checks all of `source`, and keeps it as memory that others can be given. It takes a time that grows with what
+/// was saved, and as much memory; `progress` is told of each chunk that was looked at.
+pub fn copy_verified(
+    mut source: Source,
+    mut progress: impl FnMut(u64),
+) -> Result<Base, ImageError> {
+    let bytes = source.manifest.bytes();
+    let file = base::new_file(bytes)?;
+    let mut runs = Vec::new();
+    let mut buffer = vec![0; CHUNK];
+    for chunk in 0..source.manifest.chunks() {
+        if source.read(chunk, &mut buffer)? {
+            let at = chunk * CHUNK as u64;
+            file.write_all_at(&buffer, at)?;
+            runs.push((at, CHUNK as u64));
+        }
+        progress(chunk);
+    }
+    let base = with_few(&Base::zero(bytes), &file, &mut runs)?;
+    base::seal(&file)?;
+    Ok(base)
 }
 
 /// A mapping, as the process that serves its faults is told: Firecracker's protocol.

@@ -238,6 +238,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
+    use crate::memory::image::copy_verified;
     use crate::memory::{MemorySize, allocate};
 
     /// A saved memory of 1 MiB, whose second chunk holds sevens and whose third eights.
@@ -257,6 +258,29 @@ mod tests {
             file: memory.file().try_clone().unwrap(),
             manifest: state_file::open(&folder.join("state")).unwrap().memory,
         }
+    }
+
+    #[test]
+    fn a_copy_is_checked_and_has_no_zeroes() {
+        let folder = tempfile::tempdir().unwrap();
+        let saved = source(folder.path());
+        let mut seen = Vec::new();
+        let base = copy_verified(saved, |chunk| seen.push(chunk)).unwrap();
+        assert_eq!(seen, (0..16).collect::<Vec<_>>());
+        let extents: Vec<_> = base.extents().iter().map(|e| (e.at, e.bytes)).collect();
+        assert_eq!(extents, [(CHUNK as u64, 2 * CHUNK as u64)]);
+        let mut bytes = [1; 4];
+        for (chunk, byte) in [(0, 0), (1, 7), (2, 8), (3, 0)] {
+            base.read(chunk * CHUNK as u64, &mut bytes).unwrap();
+            assert_eq!(bytes, [byte; 4]);
+        }
+        let damaged = source(folder.path());
+        damaged
+            .file
+            .write_all_at(&[9], 3 * CHUNK as u64 - 1)
+            .unwrap();
+        let error = copy_verified(damaged, |_| ()).unwrap_err().to_string();
+        assert!(error.contains("chunk 2 (bytes 0x20000"), "{error}");
     }
 
     #[test]

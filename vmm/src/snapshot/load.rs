@@ -1,10 +1,11 @@
 //! Reading a machine from two files.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use lepton_api::types::{HugePages, MemoryBackendType, SnapshotLoad};
 use lepton_snapshot::codec::{self, CodecError};
-use lepton_snapshot::{Manifest, MemoryFileError, StateFileError, memory_file, state_file};
+use lepton_snapshot::{CHUNK, Manifest, MemoryFileError, StateFileError, memory_file, state_file};
 
 use crate::config::saved::{Overrides, SavedConfig, SavedConfigError};
 use crate::config::{Configuration, Shape};
@@ -12,9 +13,13 @@ use crate::identity::IdentityError;
 use crate::machine::restore::RestoreMachineError;
 use crate::machine::state::MachineState;
 use crate::memory::Ram;
+use crate::memory::base::Base;
 use crate::memory::image::{self, ImageError};
 use crate::memory::pager::{PageError, Source};
 use crate::reach::ReachError;
+
+/// How often the log is told how far it is.
+const TELL: Duration = Duration::from_secs(2);
 
 /// Why a saved machine is not loaded.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +43,8 @@ pub enum LoadError {
     Backend,
     #[error("huge_pages 2M: a memory file cannot be mapped with huge pages; use the Uffd backend")]
     HugePages,
+    #[error("huge_pages 2M: a memory in huge pages cannot be shared by copies")]
+    Shared,
     #[error(transparent)]
     Image(#[from] ImageError),
     #[error(transparent)]
@@ -82,6 +89,43 @@ impl Saved {
             true => Ok(configuration),
             false => Err(LoadError::MemorySize { saved, configured }),
         }
+    }
+
+    /// Reads and checks all of the memory in `path`, to be given to others. The configuration is that of a machine like
+    /// this one, without devices. It takes a time that grows with the memory, of which the log is told.
+    pub fn keep(self, path: &Path) -> Result<(MachineState, Base, Configuration), LoadError> {
+        let Saved { state, manifest } = self;
+        let configuration = state
+            .config
+            .without_devices()
+            .build(&Overrides::default(), Vec::new())?;
+        let (saved, configured) = (manifest.bytes(), configuration.shape().memory.bytes());
+        if saved != configured {
+            return Err(LoadError::MemorySize { saved, configured });
+        }
+        if configuration.shape().huge_pages == HugePages::Hugetlbfs2M {
+            return Err(LoadError::Shared);
+        }
+        let source = Source {
+            file: memory_file::open(path, manifest.bytes(), manifest.root())?,
+            manifest,
+        };
+        let started = Instant::now();
+        let mut told = started;
+        let mib = |bytes: u64| bytes >> 20;
+        let base = image::copy_verified(source, |chunk| {
+            if told.elapsed() > TELL {
+                told = Instant::now();
+                let done = mib(chunk * CHUNK as u64);
+                log::info!("{done} of {} MiB read and checked", mib(saved));
+            }
+        })?;
+        log::info!(
+            "{} MiB read and checked in {:?}",
+            mib(saved),
+            started.elapsed()
+        );
+        Ok((state, base, configuration))
     }
 
     /// Gets the memory. `failed` is told of the first chunk that is not what was saved.

@@ -35,6 +35,24 @@ pub enum SharedFiles {
     Below(Chain, PathBuf),
 }
 
+impl SharedDrive {
+    /// The same open files, for others.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(SharedDrive {
+            drive_id: self.drive_id.clone(),
+            files: match &self.files {
+                SharedFiles::Raw(file) => SharedFiles::Raw(file.try_clone()?),
+                SharedFiles::Overlay(chain, own) => {
+                    SharedFiles::Overlay(chain.clone(), own.try_clone()?)
+                }
+                SharedFiles::Below(chain, beside) => {
+                    SharedFiles::Below(chain.clone(), beside.clone())
+                }
+            },
+        })
+    }
+}
+
 impl Devices {
     /// Makes a drive something that others can go on from. What was written to an overlay becomes a layer, and the drive
     /// goes on in a new file, which is named after the old one; if that had no name, it has none either, and is made in
@@ -147,7 +165,7 @@ impl Devices {
 }
 
 /// Where the overlays without a name are made that belong to copies of the machine that writes `own`.
-fn beside(own: &str) -> PathBuf {
+pub fn beside(own: &str) -> PathBuf {
     format!("{own}.copy").into()
 }
 
