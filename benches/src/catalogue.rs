@@ -386,6 +386,12 @@ pub const BENCHMARKS: &[Benchmark] = &[
         figures: measure::unique::FIGURES,
         cases: measure::unique::cases,
     },
+    Benchmark {
+        name: "parity",
+        rounds: 5,
+        figures: measure::parity::FIGURES,
+        cases: measure::parity::cases,
+    },
 ];
 
 /// Name and one line about each benchmark: what `cargo xtask bench` knows of them before it has built this.

@@ -1,7 +1,7 @@
 //! The benchmark harness: ours and its peers, measured in turn in one run.
 //!
 //! [`catalogue`] lists the benchmarks; [`measure`] does them; [`side`] drives each VMM by its own command line and API;
-//! [`schedule`] does the rounds; [`results`] is what comes out, [`report`] shows it to a person.
+//! [`load`] is work for a guest and its host; [`schedule`] does the rounds; [`results`] is what comes out, [`report`] shows it to a person.
 
 pub mod bars;
 pub mod catalogue;
@@ -9,6 +9,7 @@ pub mod guest;
 pub mod host;
 pub mod init;
 pub mod interrupt;
+pub mod load;
 pub mod machine;
 pub mod measure;
 pub mod process;

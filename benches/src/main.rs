@@ -9,7 +9,7 @@ use lepton_benches::bars;
 use lepton_benches::catalogue::{BENCHMARKS, Benchmark, parse_name};
 use lepton_benches::host::{self, Host};
 use lepton_benches::interrupt;
-use lepton_benches::measure::{Context, boot::Linux};
+use lepton_benches::measure::{Context, linux::Linux};
 use lepton_benches::report;
 use lepton_benches::results::{Absent, Program, Results, VERSION};
 use lepton_benches::schedule;
@@ -116,9 +116,8 @@ fn sides(arguments: &Arguments) -> Result<(Vec<Side>, Vec<Absent>), String> {
             absent.push(Absent { side, reason });
         }
     }
-    let here = std::env::current_exe().map_err(|error| error.to_string())?;
     let mut beside = |side: &str, program: &str| {
-        let path = here.with_file_name(program);
+        let path = beside_us(program).ok()?;
         if path.is_file() {
             return Some(path);
         }
@@ -137,6 +136,12 @@ fn sides(arguments: &Arguments) -> Result<(Vec<Side>, Vec<Absent>), String> {
         sides.push(Side::calls(calls));
     }
     Ok((sides, absent))
+}
+
+/// A program of the harness, in the folder of this one.
+fn beside_us(program: &str) -> Result<PathBuf, String> {
+    let here = std::env::current_exe().map_err(|error| error.to_string())?;
+    Ok(here.with_file_name(program))
 }
 
 fn describe(side: &Side) -> Program {
@@ -167,6 +172,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode, String> {
         patience: Duration::from_secs(arguments.patience),
         linux: arguments.linux.clone(),
         probe: arguments.probe.clone(),
+        load: beside_us("lepton-load")?,
         jailer: arguments.jailer.clone(),
         machines: arguments.machines,
         scratch: tempfile::tempdir().map_err(|error| error.to_string())?,

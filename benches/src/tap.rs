@@ -36,6 +36,11 @@ impl Drop for Tap {
     }
 }
 
+/// Gives the host's end of a tap `address`, with the length of its network, unless it has it.
+pub fn set_address(tap: &str, address: &str) -> Result<(), Failure> {
+    ip(&["address", "replace", address, "dev", tap])
+}
+
 /// No tap is no fault of a VMM's: the host does not offer it.
 fn ip(arguments: &[&str]) -> Result<(), Failure> {
     let line = format!("ip {}", arguments.join(" "));

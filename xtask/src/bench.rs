@@ -21,7 +21,7 @@ const BENCHMARKS: &str = include_str!("../../benches/benchmarks.txt");
 const PEERS: [&str; 3] = ["firecracker", "cloud-hypervisor", QEMU];
 const QEMU: &str = "qemu";
 /// The benchmarks that need a Linux guest.
-const LINUX: [&str; 2] = ["boot", "unique"];
+const LINUX: [&str; 3] = ["boot", "unique", "parity"];
 const QEMU_PACKAGES: [&str; 1] = ["qemu-system-x86"];
 
 #[derive(Debug, Args)]
@@ -46,7 +46,7 @@ pub struct BenchArguments {
     #[arg(long)]
     list: bool,
 
-    /// Count the instructions of the hot paths instead, and compare them with benches/baseline.json
+    /// Count the instructions of the hot paths and of a boot instead, and compare them with benches/baseline.json
     #[arg(long, conflicts_with_all = ["only", "peer", "rounds", "strict", "list"])]
     instructions: bool,
 

@@ -7,7 +7,9 @@ pub mod confinement;
 pub mod density;
 pub mod exits;
 pub mod growth;
+pub mod linux;
 pub mod net;
+pub mod parity;
 mod probe;
 pub mod start;
 pub mod unique;
@@ -33,9 +35,11 @@ pub struct Context {
     /// The longest that one VMM may take for one measurement.
     pub patience: Duration,
     /// The Linux guest.
-    pub linux: boot::Linux,
+    pub linux: linux::Linux,
     /// The probe guest.
     pub probe: Option<PathBuf>,
+    /// The program that does work in guests and on the host, see [`crate::load`].
+    pub load: PathBuf,
     /// The jailer; None: the one beside our VMM.
     pub jailer: Option<PathBuf>,
     /// How many machines are many.

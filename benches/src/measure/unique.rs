@@ -1,17 +1,13 @@
 //! Copies of a Linux guest that become other machines before anybody hears of them, beside the guest's cold boot. Ours only.
 
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use lepton_agent::READY_PORT;
-use lepton_agent::client::Client;
-use lepton_agent::ready::Ready;
 use lepton_tests::programs::hardware_kvm;
 use serde_json::json;
 
 use super::clone::Vmm;
+use super::linux::{self, Announcement};
 use super::{Case, Context, Reading};
 use crate::catalogue::{FigureKind, lower};
 use crate::guest::Guest;
@@ -62,7 +58,7 @@ fn run(context: &Context, side: &Side) -> Result<Vec<Reading>, Failure> {
     }] });
     let asked = Instant::now();
     parent.put("/clone", &request)?;
-    answers(&socket)?;
+    linux::agent(&socket)?;
     let clone = asked.elapsed();
     let share = clone.as_secs_f64() / boot.as_secs_f64();
     Ok(vec![
@@ -81,12 +77,10 @@ fn vsock_of(vmm: &Vmm) -> PathBuf {
 
 /// Boots a machine, and returns how long its agent took to answer.
 fn booted(context: &Context, side: &Side, clonable: bool) -> Result<(Vmm, Duration), Failure> {
-    let (kernel, image, file_system) = context.linux.kernel_and_image()?;
+    let (kernel, image, file_system) = context.linux.kernel_and_image(side)?;
     let mut vmm = Vmm::new(context, side, Guest::Idle)?;
     let socket = vsock_of(&vmm);
-    let arguments = format!(
-        "console=ttyS0 quiet reboot=k panic=-1 root=/dev/vda ro rootfstype={file_system} init=/sbin/init"
-    );
+    let arguments = linux::command_line(&format!("{file_system} root=/dev/vda ro init=/sbin/init"));
     let machine = json!({ "vcpu_count": 1, "mem_size_mib": 128, "clonable": clonable });
     let root = json!({
         "drive_id": "root", "path_on_host": image, "is_root_device": true, "is_read_only": true,
@@ -99,23 +93,10 @@ fn booted(context: &Context, side: &Side, clonable: bool) -> Result<(Vmm, Durati
     vmm.put("/machine-config", &machine)?;
     vmm.put("/drives/root", &root)?;
     vmm.put("/vsock", &json!({ "guest_cid": 3, "uds_path": socket }))?;
-    let mut ready = socket.clone().into_os_string();
-    ready.push(format!("_{READY_PORT}"));
-    let ready = UnixListener::bind(ready)?;
+    let announcement = Announcement::of(&socket)?;
     let asked = Instant::now();
     vmm.put("/actions", &json!({ "action_type": "InstanceStart" }))?;
-    vmm.running.readable(ready.as_fd(), "the agent's word")?;
-    let (stream, _) = ready.accept()?;
-    stream.set_read_timeout(Some(context.patience))?;
-    Ready::read_from(stream).map_err(|error| Failure::because(error.to_string()))?;
-    answers(&socket)?;
+    announcement.wait(&vmm.running, context.patience)?;
+    linux::agent(&socket)?;
     Ok((vmm, asked.elapsed()))
-}
-
-/// Asks a guest's agent who it is.
-fn answers(socket: &Path) -> Result<(), Failure> {
-    let agent = Client::connect(socket).map_err(|error| Failure::because(error.to_string()))?;
-    let info = agent.info();
-    info.map_err(|error| Failure::because(error.to_string()))?;
-    Ok(())
 }
