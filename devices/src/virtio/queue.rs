@@ -4,22 +4,23 @@
 //! chain ends, its length fits 32 bits, and its head is not in flight already. Whatever is not so is a
 //! [`QueueError`], after which the device needs a reset.
 
+mod drain;
 mod linger;
 mod rings;
 mod segments;
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
-use std::time::Instant;
 
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-use self::linger::{Linger, Pass};
+pub use self::drain::{Flow, Pass, Taken};
+use self::linger::Linger;
 use self::rings::{Rings, Table};
 pub use self::segments::{Chain, Segment, Segments, Slices};
-use super::device::{DeviceError, Progress};
+use super::device::DeviceError;
 use super::interrupt::Interrupt;
 use super::state::QueuePosition;
 use crate::Memory;
@@ -89,15 +90,6 @@ fn is_in_memory(memory: &Memory, addr: GuestAddress, len: u32) -> bool {
 
 fn memory_error(error: vm_memory::GuestMemoryError) -> QueueError {
     QueueError::Memory(error.to_string())
-}
-
-/// What to do after one chain of [`VirtQueue::drain`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Flow {
-    /// Go on with the next.
-    Continue,
-    /// Stop here: the backend cannot take more now. Another event will start the work again.
-    Stop,
 }
 
 /// Chains that the driver may see used together, at most, see [`VirtQueue::complete_soon`].
@@ -413,62 +405,6 @@ impl VirtQueue {
     /// How many chains the driver has made available in all. Wraps.
     pub fn made_available(&self) -> Result<u16, QueueError> {
         self.rings.avail_index()
-    }
-
-    /// Hands each available chain to `each`, at most `budget` of them, with kicks suppressed meanwhile, and signals
-    /// what `each` completed.
-    pub fn drain(
-        &mut self,
-        budget: usize,
-        mut each: impl FnMut(&mut Self, Chain) -> Result<Flow, QueueError>,
-    ) -> Result<Progress, DeviceError> {
-        self.drain_queue(budget, &mut each)
-            .map_err(|source| self.fail(source))
-    }
-
-    fn drain_queue(
-        &mut self,
-        budget: usize,
-        each: &mut impl FnMut(&mut Self, Chain) -> Result<Flow, QueueError>,
-    ) -> Result<Progress, QueueError> {
-        let mut left = budget;
-        let pass = self
-            .linger
-            .as_mut()
-            .map(|linger| linger.begin(Instant::now()));
-        loop {
-            self.disable_kicks()?;
-            while let Some(chain) = self.pop()? {
-                if each(self, chain)? == Flow::Stop {
-                    self.signal()?;
-                    return Ok(Progress::Done);
-                }
-                left = left.saturating_sub(1);
-                if left == 0 {
-                    self.signal()?;
-                    return Ok(Progress::Again);
-                }
-            }
-            self.signal()?;
-            if self.comes_back(pass.as_ref())? {
-                continue;
-            }
-            if !self.enable_kicks()? {
-                if let Some(linger) = &mut self.linger {
-                    linger.end(Instant::now());
-                }
-                return Ok(Progress::Done);
-            }
-        }
-    }
-
-    /// Waits for another chain if that is worth it. Whether one came.
-    fn comes_back(&mut self, pass: Option<&Pass>) -> Result<bool, QueueError> {
-        let (Some(linger), Some(pass)) = (&mut self.linger, pass) else {
-            return Ok(false);
-        };
-        let next = self.queue.next_avail();
-        linger.wait(pass, Instant::now, || Ok(self.rings.avail_index()? != next))
     }
 
     fn mark_in_flight(&mut self, head: u16) -> Result<(), QueueError> {

@@ -15,12 +15,12 @@ use super::engine::{AsyncEngine, EngineKind};
 use super::metrics::BlockMetrics;
 use super::overlay::{self, OverlayError};
 use super::request::Rules;
-use super::turn::{Engine, Turn, give_back};
+use super::turn::{self, Engine, Turn, engine_failed, give_back};
 use crate::Memory;
 use crate::rate_limiter::{BucketConfig, RateLimiter, RateLimiterConfig};
 use crate::virtio::device::{DeviceError, DeviceKind, Progress, Resources, VirtioDevice};
 use crate::virtio::interrupt::Interrupt;
-use crate::virtio::queue::VirtQueue;
+use crate::virtio::queue::{Taken, VirtQueue};
 use crate::virtio::state::{DeviceState, QueuePosition, RestoreError};
 
 /// Most requests taken from the queue in one turn.
@@ -316,15 +316,21 @@ impl Block {
             bytes_left: BYTES_PER_TURN,
             taken: 0,
         };
-        let progress = active
-            .queue
-            .drain(REQUESTS_PER_TURN, |queue, chain| turn.take(queue, chain))?;
+        let queue = &mut active.queue;
+        let mut pass = queue.begin(REQUESTS_PER_TURN);
+        let ended = loop {
+            let taken = queue.take(&mut pass, |queue, chain| turn.take(queue, chain))?;
+            // Nobody waits for what the engine has not started, nor while it is at work: it may end at any moment.
+            let is_done = turn.end_completed(queue)?;
+            if taken != Taken::All || !queue.comes_back(&pass, is_done)? {
+                break taken;
+            }
+        };
         let (out_of_bytes, taken) = (turn.bytes_left == 0, turn.taken);
         if taken == 0 {
             self.metrics.no_avail_buffer.inc();
         }
-        self.end_completed()?;
-        if out_of_bytes || progress == Progress::Again {
+        if out_of_bytes || ended == Taken::Budget {
             self.metrics.remaining_reqs_count.inc();
             return Ok(Progress::Again);
         }
@@ -336,19 +342,8 @@ impl Block {
         let (Some(active), Engine::Async(engine)) = (&mut self.active, &mut self.engine) else {
             return Ok(());
         };
-        loop {
-            engine.submit().map_err(engine_failed)?;
-            give_back(
-                &mut active.queue,
-                &active.memory,
-                engine,
-                &mut self.backend,
-                &self.metrics,
-            )?;
-            if !engine.watch() {
-                return Ok(());
-            }
-        }
+        let (queue, memory) = (&mut active.queue, &active.memory);
+        turn::end_completed(queue, memory, engine, &mut self.backend, &self.metrics)
     }
 
     fn count_failure<T>(&self, result: Result<T, DeviceError>) -> Result<T, DeviceError> {
@@ -357,10 +352,6 @@ impl Block {
         }
         result
     }
-}
-
-fn engine_failed(error: io::Error) -> DeviceError {
-    DeviceError::Fatal(format!("io_uring: {error}"))
 }
 
 impl VirtioDevice for Block {
@@ -411,11 +402,7 @@ impl VirtioDevice for Block {
         self.backend.durable_writes = self.features & flush != 0 && features & flush == 0;
         self.active = Some(Active {
             memory,
-            queue: match self.engine {
-                // What was taken is done, so that nobody waits for what is started later.
-                Engine::Sync => queue.lingering(),
-                Engine::Async(_) => queue,
-            },
+            queue: queue.lingering(),
             interrupt,
             rules: Rules {
                 sectors: self.backend.image.sectors(),

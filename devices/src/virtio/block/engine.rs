@@ -290,6 +290,11 @@ impl AsyncEngine {
         self.ring.submit()
     }
 
+    /// Whether nothing is in flight.
+    pub(super) fn is_idle(&self) -> bool {
+        self.ring.in_flight() == 0
+    }
+
     /// Asks for an event when something ends. True: submit and reap once more first.
     pub(super) fn watch(&mut self) -> bool {
         self.ring.watch()

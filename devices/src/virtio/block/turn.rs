@@ -1,5 +1,6 @@
 //! Taking requests from the queue, and giving them back.
 
+use std::io;
 use std::sync::Arc;
 
 use super::backend::{Backend, Failure, Outcome};
@@ -36,6 +37,27 @@ pub(super) fn give_back(
     result.map_err(|source| queue.fail(source))
 }
 
+/// Starts what the engine has queued and gives the driver what it has finished.
+pub(super) fn end_completed(
+    queue: &mut VirtQueue,
+    memory: &Memory,
+    engine: &mut AsyncEngine,
+    backend: &mut Backend,
+    metrics: &BlockMetrics,
+) -> Result<(), DeviceError> {
+    loop {
+        engine.submit().map_err(engine_failed)?;
+        give_back(queue, memory, engine, backend, metrics)?;
+        if !engine.watch() {
+            return Ok(());
+        }
+    }
+}
+
+pub(super) fn engine_failed(error: io::Error) -> DeviceError {
+    DeviceError::Fatal(format!("io_uring: {error}"))
+}
+
 /// One turn at the queue: what [`Turn::take`] needs to handle a chain.
 pub(super) struct Turn<'a> {
     pub memory: &'a Arc<Memory>,
@@ -49,6 +71,17 @@ pub(super) struct Turn<'a> {
 }
 
 impl Turn<'_> {
+    /// The same for all that was taken up to here. Whether the engine has nothing left to do.
+    pub(super) fn end_completed(&mut self, queue: &mut VirtQueue) -> Result<bool, DeviceError> {
+        match &mut self.engine {
+            Engine::Sync => Ok(true),
+            Engine::Async(engine) => {
+                end_completed(queue, self.memory, engine, self.backend, self.metrics)?;
+                Ok(engine.is_idle())
+            }
+        }
+    }
+
     /// Handles one chain: takes it, or puts it back and stops.
     pub(super) fn take(&mut self, queue: &mut VirtQueue, chain: Chain) -> Result<Flow, QueueError> {
         self.taken += 1;
