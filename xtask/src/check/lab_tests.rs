@@ -13,7 +13,7 @@ use crate::lab::{self, Lab, Place, Streams};
 use crate::progress::Progress;
 
 /// A boot with everything in it takes no longer than this on two cores.
-pub const TIMEOUT: Duration = Duration::from_secs(20 * 60);
+pub const TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
 /// Lines the script inside writes between the programs' own.
 const BEGIN: &str = "lab-test: begin ";

@@ -39,20 +39,6 @@ const LAB_PACKAGES: [&str; 4] = ["e2fsprogs", "iproute2", "python3", "sqlite3"];
 /// The program with Debian's own kernel.
 const DEBIAN: &str = "lab_debian";
 
-/// Programs that run only when they are named, and what they do instead of passing: for a reason that is not found yet. Seen in
-/// one of Debian's triple faults: before any driver, in the middle of a line of the console, on a lab just started; KVM had last
-/// handed the guest a page fault of fetching an instruction. One such trace: no proof, but it points away from the devices.
-const UNSTEADY: [(&str, &str); 2] = [
-    (
-        DEBIAN,
-        "about one boot in ten of Debian's own kernel in the lab ends in a triple fault, or with the lab",
-    ),
-    (
-        "lab_database",
-        "of twenty clones of a guest under load one may end in a triple fault in the lab, and all of them take minutes",
-    ),
-];
-
 /// Paths by the names of environment variables.
 type Environment = BTreeMap<&'static str, PathBuf>;
 
@@ -106,7 +92,7 @@ pub fn run(fast: bool, release: bool, only: &[String]) -> Result<u8> {
         match Built::get(&progress, profile).and_then(|built| environment(&progress, &built)) {
             Ok(mut environment) => {
                 // Without it, the tests that do not need it still tell something.
-                if only.iter().any(|word| DEBIAN.contains(word.as_str())) {
+                if only.is_empty() || only.iter().any(|word| DEBIAN.contains(word.as_str())) {
                     match debian(&progress) {
                         Ok(more) => environment.extend(more),
                         Err(error) => check(Err(error)),
@@ -309,23 +295,10 @@ fn system_tests(
     };
     let trace = only.is_empty() || only.iter().any(|word| word == used_calls::NAME);
     let all: Option<Vec<Program>> = trace.then(|| programs.clone().into_iter().collect());
-    let (mut in_lab, here): (Vec<Program>, Vec<Program>) = programs
+    let (in_lab, here): (Vec<Program>, Vec<Program>) = programs
         .into_iter()
         .filter(|(name, _)| only.is_empty() || only.iter().any(|word| name.contains(word)))
         .partition(|(name, _)| name.starts_with("lab_"));
-    if only.is_empty() {
-        for (unsteady, reason) in UNSTEADY {
-            let before = in_lab.len();
-            in_lab.retain(|(name, _)| !name.starts_with(unsteady));
-            for _ in in_lab.len()..before {
-                eprintln!("SKIPPED: {unsteady}: {reason}; to run it: cargo xtask test {unsteady}");
-                check(Ok(Counts {
-                    skipped: 1,
-                    ..Counts::default()
-                }));
-            }
-        }
-    }
     let folder = programs::workspace().join("tests");
     for (name, path) in here {
         let mut command = Command::new(path);
