@@ -10,16 +10,17 @@ use std::time::{Duration, Instant};
 
 /// The longest wait.
 const WINDOW: Duration = Duration::from_micros(32);
-/// The longest that a pass with such waits takes, as other devices wait meanwhile.
-const PASS: Duration = Duration::from_micros(64);
+/// The longest that a pass with such waits takes, as other devices wait meanwhile, in windows.
+const WINDOWS: u32 = 2;
 /// Passes without a wait after waits that were in vain, at most.
 const MOST_SKIPPED: u8 = 127;
 /// Looks between two looks at the clock.
 const LOOKS: u32 = 32;
 
 /// How it went so far.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Linger {
+    window: Duration,
     /// When the last pass ended.
     ended: Option<Instant>,
     /// Passes that are to be skipped.
@@ -35,13 +36,29 @@ pub(super) struct Pass {
     waits: bool,
 }
 
+impl Default for Linger {
+    fn default() -> Self {
+        Linger::waiting(WINDOW)
+    }
+}
+
 impl Linger {
+    /// One that waits for up to `window`.
+    pub(super) fn waiting(window: Duration) -> Self {
+        Linger {
+            window,
+            ended: None,
+            skip: 0,
+            skipped: 0,
+        }
+    }
+
     /// A pass begins `now`, because there are chains, or may be.
     pub(super) fn begin(&mut self, now: Instant) -> Pass {
         let began = now;
         let soon = self
             .ended
-            .is_some_and(|ended| began.saturating_duration_since(ended) < WINDOW);
+            .is_some_and(|ended| began.saturating_duration_since(ended) < self.window);
         let waits = soon && self.skip == 0;
         if soon {
             self.skip = self.skip.saturating_sub(1);
@@ -60,7 +77,7 @@ impl Linger {
             return Ok(false);
         }
         let since = clock();
-        if since.saturating_duration_since(pass.began) >= PASS {
+        if since.saturating_duration_since(pass.began) >= WINDOWS * self.window {
             return Ok(false);
         }
         loop {
@@ -71,7 +88,7 @@ impl Linger {
                 }
                 spin_loop();
             }
-            if clock().saturating_duration_since(since) >= WINDOW {
+            if clock().saturating_duration_since(since) >= self.window {
                 self.skipped = (self.skipped * 2 + 1).min(MOST_SKIPPED);
                 self.skip = self.skipped;
                 return Ok(false);
@@ -169,7 +186,7 @@ mod tests {
         driver.kicked(NEVER);
         let pass = driver.linger.begin(driver.now.get());
         assert!(pass.waits);
-        driver.pass_on(PASS);
+        driver.pass_on(WINDOWS * WINDOW);
         let clock = || driver.now.get();
         let came = driver
             .linger

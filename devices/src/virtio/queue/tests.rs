@@ -1,10 +1,12 @@
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use virtio_queue::QueueOwnedT;
 use vm_memory::{Address, Bytes};
 
 use super::*;
+use crate::virtio::device::Progress;
 use crate::virtio::testing::{RawDescriptor, TestDriver};
 
 /// Bytes in front of the first element of the available ring.
@@ -66,6 +68,42 @@ fn what_is_completed_soon_is_seen_with_the_sixteenth_or_the_signal() {
     queue.signal().unwrap();
     assert_eq!(driver.queues[0].used().len(), 1);
     assert_eq!(driver.interrupts(), 1);
+}
+
+#[test]
+fn a_driver_that_comes_back_is_served_in_the_same_pass() {
+    let (mut driver, mut queue) = pair(false);
+    // As long as the other thread takes.
+    queue.linger = Some(Linger::waiting(Duration::from_secs(10)));
+    let buffers = [(); 3].map(|()| driver.writable(16));
+    let drain = |queue: &mut VirtQueue| {
+        let mut taken = 0;
+        let progress = queue.drain(2, |queue, chain| {
+            taken += 1;
+            queue.complete_soon(&[(chain.head(), 0)])?;
+            Ok(Flow::Continue)
+        });
+        (taken, progress.unwrap())
+    };
+    // One pass tells nothing of when the next begins.
+    driver.queues[0].offer(&buffers[..1]);
+    assert_eq!(drain(&mut queue), (1, Progress::Done));
+    assert!(!driver.queues[0].kicks_suppressed());
+    assert_eq!(driver.queues[0].used().len(), 1);
+
+    driver.queues[0].offer(&buffers[1..2]);
+    let ring = &mut driver.queues[0];
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while ring.used().is_empty() {
+                std::thread::yield_now();
+            }
+            assert!(ring.kicks_suppressed());
+            ring.offer(&buffers[2..]);
+        });
+        assert_eq!(drain(&mut queue), (2, Progress::Again));
+    });
+    assert_eq!(driver.interrupts(), 3);
 }
 
 #[test]
