@@ -330,10 +330,17 @@ impl Vmm {
 
     /// The most KiB that were resident at any time, guest memory included. None: it has ended.
     pub fn peak_memory(&self) -> Option<u64> {
+        self.kib_of("VmHWM:")
+    }
+
+    /// KiB that are resident now and come from files, guest memory not included. None: it has ended.
+    pub fn file_memory(&self) -> Option<u64> {
+        self.kib_of("RssFile:")
+    }
+
+    fn kib_of(&self, what: &str) -> Option<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).ok()?;
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmHWM:"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix(what))?;
         line.trim().strip_suffix(" kB")?.parse().ok()
     }
 

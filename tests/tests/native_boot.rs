@@ -29,6 +29,7 @@ fn main() -> ExitCode {
             test!(memory_of_one_mib_has_no_room_for_a_kernel),
             test!(every_vcpu_can_be_started),
             test!(the_boot_timer_is_logged),
+            test!(the_code_that_started_a_machine_is_let_go),
             test!(huge_pages_that_the_host_has_not_are_refused_and_nothing_is_left),
         ],
     )
@@ -306,6 +307,18 @@ fn the_boot_timer_is_logged() {
     let (us, _) = time.trim_start().split_once(" us ").expect("a number");
     assert!((1..60_000_000).contains(&us.parse().unwrap_or(0)), "{log}");
     assert!(!timed(&[]).contains("Guest-boot-time"));
+}
+
+fn the_code_that_started_a_machine_is_let_go() {
+    let (vmm, mut api, _) = Vmm::with_kernel(&Program::tick());
+    let before = vmm.file_memory().expect("it waits for a machine");
+    api.start();
+    let after = vmm.file_memory().expect("the machine runs");
+    assert!(after < before, "{before} KiB, then {after} KiB");
+    // What is used again comes back.
+    api.reach("Paused");
+    api.reach("Resumed");
+    assert_eq!(api.state(), "Running");
 }
 
 fn huge_pages_that_the_host_has_not_are_refused_and_nothing_is_left() {

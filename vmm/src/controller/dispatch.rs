@@ -26,6 +26,7 @@ use crate::machine::build::{self, Blueprint, BuildError, Built, Console, Surroun
 use crate::memory::MemorySize;
 use crate::memory::small_pages::SmallPages;
 use crate::metrics::{Counted, Metrics};
+use crate::process;
 use crate::reach::{Reach, ReachError, Within};
 use crate::vcpu::state::Saveable;
 use crate::vcpu::{Standby, Stop};
@@ -358,6 +359,7 @@ impl Controller {
         }
         let paused = self.adopt(built, room, events);
         self.phase = Phase::Running(paused.resume());
+        process::let_go_of_code();
         // Asked only now: CPUID is slow on a host that is itself a guest.
         if !kvm::is_hardware_virtualized() {
             log::warn!(
