@@ -8,6 +8,13 @@ mount -t sysfs sysfs /sys
 for module in /modules/*; do
 	insmod "$module" || echo "lab: cannot load $module"
 done
+# Only now: see the kernel's command line.
+for processor in /sys/devices/system/cpu/cpu[1-9]*/online; do
+	[ ! -e "$processor" ] || echo 1 >"$processor"
+done
+processors=$(cat /sys/devices/system/cpu/online)
+# This process and so all others: none on the first.
+[ "$processors" = 0 ] || taskset -pc "1-${processors#0-}" $$ >/dev/null
 fail() {
 	echo "lab: $*"
 	poweroff -f

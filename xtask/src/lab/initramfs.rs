@@ -13,7 +13,7 @@ const SYMLINK: u32 = 0o120_777;
 const CHARACTER: u32 = 0o020_600;
 
 /// Applets the init scripts call by name.
-const APPLETS: [&str; 16] = [
+const APPLETS: [&str; 17] = [
     "sh",
     "cat",
     "cp",
@@ -24,6 +24,7 @@ const APPLETS: [&str; 16] = [
     "mv",
     "poweroff",
     "switch_root",
+    "taskset",
     "uname",
     "sed",
     "stty",

@@ -22,12 +22,16 @@ const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
 const COMMAND_LINE: &str = "console=ttyS0 quiet reboot=k panic=-1 mitigations=off tsc=reliable \
                             no_timer_check lpj=5200000 cryptomgr.notests";
 
-/// Keeps programs, and with them guests, off the first processor, of which the lab gets one more for that. Whenever any
-/// other processor loads the state of its x87 unit, as at every change of task, QEMU clears a flag of the first one
-/// (`cpu_clear_ignne`) in a word that also says whether it is in a guest and takes interrupts, without a lock. An entry
-/// or an exit of a guest at that moment is half undone: guests end in triple faults or hang, or the lab's kernel takes an
-/// interrupt where there can be none, and panics. Debian's QEMU 7.2 does so, and 10.0.
-const NO_GUEST_ON_THE_FIRST: &str = "isolcpus=0";
+/// Processors that no program runs on, and with it no guest: the first. Whenever any other loads the state of its x87 unit, as
+/// at every change of task, QEMU clears a flag of the first one (`cpu_clear_ignne`) in a word that also says whether it is
+/// in a guest and takes interrupts, without a lock. An entry or an exit of a guest at that moment is half undone: guests end
+/// in triple faults or hang, or the lab's kernel takes an interrupt where there can be none, and panics. Debian's QEMU 7.2
+/// does so, and 10.0.
+const WITHOUT_PROGRAMS: u32 = 1;
+
+/// The others join when the devices have their places (`init.sh`). While QEMU 7.2 moves the memory of a device, what
+/// another processor writes to its interrupt controller may go to no device at all, and QEMU ends by a segmentation fault.
+const FIRST_ALONE: &str = "maxcpus=1";
 
 /// What is added for a lab whose clock is the host's time stamp counter, as QEMU hands it through. On a busy host the
 /// kernel inside was seen to fail at measuring its frequency: the timers that it measures it by stand still while QEMU
@@ -217,7 +221,7 @@ impl Machine<'_> {
             " nokaslr".to_owned()
         } else {
             let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-            format!(" {NO_GUEST_ON_THE_FIRST}{}", clock(&cpuinfo))
+            format!(" {FIRST_ALONE}{}", clock(&cpuinfo))
         };
         args.option("-append", format!("{COMMAND_LINE}{more}"));
 
@@ -239,7 +243,7 @@ impl Machine<'_> {
             None
         } else {
             args.words("-accel tcg,thread=multi");
-            args.option("-smp", (self.cpus + 1).to_string());
+            args.option("-smp", (self.cpus + WITHOUT_PROGRAMS).to_string());
             args.option(
                 "-object",
                 format!(
