@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use lepton_tests::counting::{configure, let_run};
-use lepton_tests::{Api, Vmm};
+use lepton_tests::{Api, PATIENCE, Vmm};
 use serde_json::{Value, json};
 
 /// A machine of the counting guest that runs.
@@ -76,9 +76,9 @@ impl Heir {
     }
 }
 
-/// A request for these children.
+/// A request for these children, which may take their time: the host may be busy.
 pub fn request(children: &[Value]) -> Value {
-    json!({ "children": children })
+    json!({ "children": children, "timeout_ms": (PATIENCE / 2).as_millis() as u64 })
 }
 
 /// Clones, and returns the answer.
