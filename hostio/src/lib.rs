@@ -4,6 +4,8 @@ pub mod file;
 pub mod inherited;
 pub mod listener;
 pub mod packet;
+pub mod scheduler;
 pub mod stream;
+pub mod streams;
 pub mod tap;
 pub mod uring;

@@ -16,19 +16,21 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::cgroup::Group;
 use crate::clock::Clock;
+use crate::copy::{Copy, Copying};
 use crate::error::JailError;
 use crate::folder::Owner;
 use crate::keeper::{self, AllMade, Keeper, Pooled};
 use crate::plan::{Handed, Maker, Plan};
 use crate::process::{self, HeldSignals, Side};
 use crate::report::{self, Reporter};
-use crate::tree::Tree;
+use crate::tree::{PidFile, Tree};
 use crate::{limits, privileges, root, user};
 
-/// A jail that is made and not entered.
+/// A jail that is made but for the copy of the program, and not entered.
 struct Jail {
     id: String,
     tree: Tree,
+    pid_file: PidFile,
     groups: Vec<Group>,
     plan: Rest,
 }
@@ -42,6 +44,14 @@ struct Rest {
     limits: Vec<limits::Limit>,
     null: Option<File>,
     arguments: Vec<OsString>,
+}
+
+/// Which process writes the copy of the program while the VMM's goes into the jail.
+enum Writer {
+    /// The VMM's parent.
+    Parent(Copy),
+    /// One that there is only for that.
+    Another(Copying),
 }
 
 /// Makes the jail and starts the VMM in it: in this process, which is the return only of an error, or in a child.
@@ -65,18 +75,18 @@ pub fn start(plan: Plan, clock: Clock, waiting: &mut Option<Reporter>) -> Result
         arguments,
         fate,
     } = plan;
-    let tree = Tree::make(
-        &base,
-        &program,
-        &id,
-        owner,
-        maker == Maker::Root,
-        &mut made.files,
-    )?;
+    let (tree, copy) = Tree::begin(&base, program, &id, owner, &mut made.files)?;
+    let writer = if new_pid_ns || maker == Maker::User {
+        Writer::Parent(copy)
+    } else {
+        Writer::Another(copy.beside()?)
+    };
+    let pid_file = tree.furnish(owner, maker == Maker::Root, &mut made.files)?;
     let groups = cgroups.make(&id, &mut made.groups, &mut made.parents)?;
     let jail = Jail {
         id,
         tree,
+        pid_file,
         groups,
         plan: Rest {
             maker,
@@ -92,24 +102,25 @@ pub fn start(plan: Plan, clock: Clock, waiting: &mut Option<Reporter>) -> Result
         fate,
         root: jail.tree.root().clone(),
     });
-    if new_pid_ns || maker == Maker::User {
-        start_child(jail, made, pooled, clock, waiting)
-    } else {
-        become_vmm(jail, made, pooled, clock, waiting)
+    match writer {
+        Writer::Parent(copy) => start_child(jail, copy, made, pooled, clock, waiting),
+        Writer::Another(copying) => become_vmm(jail, copying, made, pooled, clock, waiting),
     }
 }
 
 /// This process becomes the VMM.
 fn become_vmm(
     jail: Jail,
+    copying: Copying,
     made: AllMade,
     pooled: Option<Pooled>,
     clock: Clock,
     waiting: &mut Option<Reporter>,
 ) -> Result<u8, JailError> {
-    jail.tree.write_pid(getpid()).map_err(JailError::Pid)?;
+    jail.pid_file.write(getpid()).map_err(JailError::Pid)?;
     let mut keeper = Keeper::leave(made, pooled).map_err(JailError::Keeper)?;
-    let error = jail.enter(clock, || {
+    let written = || copying.finish().map_err(JailError::Folder);
+    let error = jail.enter(clock, written, || {
         keeper.ready();
         if let Some(waiting) = waiting {
             waiting.ready();
@@ -122,6 +133,7 @@ fn become_vmm(
 /// A child becomes the VMM, as the first process of its PID namespace.
 fn start_child(
     jail: Jail,
+    copy: Copy,
     mut made: AllMade,
     pooled: Option<Pooled>,
     clock: Clock,
@@ -139,13 +151,14 @@ fn start_child(
     let clock = clock.before_fork();
     match process::fork_into(namespaces).map_err(refused)? {
         Side::Child => {
-            drop((gate, outcome, waiting.take()));
+            // The copy too: it is no program to be run as long as anybody can write to it.
+            drop((gate, outcome, waiting.take(), copy));
             live_as_child(&jail, clock, in_front, &signals, reporter, go);
             exit(1)
         }
         Side::Parent(pid) => {
             drop((go, reporter));
-            let pidfd = let_go(&jail, pid, gate)?;
+            let pidfd = let_go(&jail, copy, pid, gate)?;
             outcome.wait().map_err(JailError::Inside)?;
             if in_front {
                 std::mem::take(&mut made.files).keep();
@@ -177,31 +190,41 @@ fn live_as_child(
         true => user::end_with_parent(),
         false => Ok(()),
     });
-    // Without a word the parent has failed, or is gone.
-    if !matches!(File::from(go).read(&mut [0]), Ok(1)) {
-        return;
-    }
     let error = match prepared {
-        Ok(()) => jail.enter(clock, || reporter.ready()),
+        Ok(()) => {
+            // Without a word the parent has failed, or is gone, and nobody listens.
+            let written = || {
+                let word = File::from(go).read_exact(&mut [0]);
+                word.map_err(JailError::Pipe)
+            };
+            jail.enter(clock, written, || reporter.ready())
+        }
         Err(error) => JailError::Fork(error),
     };
     reporter.failed(&error.to_string());
 }
 
-/// Writes the child's process id down, then lets it go on.
-fn let_go(jail: &Jail, pid: Pid, gate: OwnedFd) -> Result<OwnedFd, JailError> {
+/// Writes the program's copy and the child's process id, then lets the child go on.
+fn let_go(jail: &Jail, copy: Copy, pid: Pid, gate: OwnedFd) -> Result<OwnedFd, JailError> {
     // The child cannot be another one by now: it has not been waited for.
     let pidfd =
         pidfd_open(pid, PidfdFlags::empty()).map_err(|error| JailError::Keeper(error.into()))?;
-    jail.tree.write_pid(pid).map_err(JailError::Pid)?;
+    jail.pid_file.write(pid).map_err(JailError::Pid)?;
+    copy.write()?;
     File::from(gate).write_all(&[0]).map_err(JailError::Pipe)?;
     Ok(pidfd)
 }
 
 impl Jail {
-    /// Goes into the jail and runs the VMM there. `ready` is called right before. Returns only if something fails.
-    fn enter(&self, clock: Clock, ready: impl FnOnce()) -> JailError {
-        match self.confine() {
+    /// Goes into the jail and runs the VMM there. `written` waits for the copy of the program; `ready` is called right before
+    /// that runs. Returns only if something fails.
+    fn enter(
+        &self,
+        clock: Clock,
+        written: impl FnOnce() -> Result<(), JailError>,
+        ready: impl FnOnce(),
+    ) -> JailError {
+        match self.confine(written) {
             Ok(()) => {}
             Err(error) => return error,
         }
@@ -218,7 +241,7 @@ impl Jail {
         JailError::Exec { path, source }
     }
 
-    fn confine(&self) -> Result<(), JailError> {
+    fn confine(&self, written: impl FnOnce() -> Result<(), JailError>) -> Result<(), JailError> {
         let owner = match self.plan.maker {
             Maker::Root => Some(self.plan.owner),
             Maker::User => {
@@ -226,9 +249,6 @@ impl Jail {
                 None
             }
         };
-        for group in &self.groups {
-            group.join()?;
-        }
         if let Some(netns) = &self.plan.netns {
             move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))
                 .map_err(|error| JailError::Setns(error.into()))?;
@@ -240,6 +260,11 @@ impl Jail {
             }
         }
         umask(Mode::RWXG | Mode::RWXO);
+        // The VMM's limits, of files' sizes and of memory, are not for the copy.
+        written()?;
+        for group in &self.groups {
+            group.join()?;
+        }
         limits::set(&self.plan.limits)?;
         privileges::give_up(owner)?;
         for handed in &self.plan.handed {

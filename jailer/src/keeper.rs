@@ -121,6 +121,14 @@ impl Keeper {
         let pidfd = pidfd_open(getpid(), PidfdFlags::empty())?;
         match process::fork()? {
             Side::Child => {
+                let needed = [outcome.as_raw_fd(), writer.as_raw_fd(), pidfd.as_raw_fd()];
+                let of_pool = pooled.iter().flat_map(Pooled::descriptors);
+                // Here, since the VMM's process waits for this one's end: the program cannot be run while anybody has its
+                // copy open for writing.
+                let result = detach(needed.into_iter().chain(of_pool).chain(made.descriptors()));
+                if result.is_err() {
+                    exit(1);
+                }
                 // Once more, so that the VMM has no child that it knows nothing of.
                 let status = match process::fork() {
                     Ok(Side::Child) => keep(made, pooled, outcome, writer, &pidfd),
@@ -174,16 +182,6 @@ fn keep(
     files_gone: OwnedFd,
     pidfd: &OwnedFd,
 ) -> i32 {
-    let needed = [
-        outcome.as_raw_fd(),
-        files_gone.as_raw_fd(),
-        pidfd.as_raw_fd(),
-    ];
-    let of_pool = pooled.iter().flat_map(Pooled::descriptors);
-    // Should that fail, there are more descriptors than needed; what has to be done can be done all the same.
-    drop(detach(
-        needed.into_iter().chain(of_pool).chain(made.descriptors()),
-    ));
     match outcome.wait() {
         Ok(()) => {
             drop(files_gone);

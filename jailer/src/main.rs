@@ -1,8 +1,10 @@
 //! `lepton-jailer`: starts lepton-vmm in a jail, by Firecracker's jailer's command line.
+#![cfg_attr(not(test), no_main)] // see `process::start`
 
 mod cgroup;
 mod cli;
 mod clock;
+mod copy;
 mod detach;
 mod error;
 mod folder;
@@ -19,7 +21,7 @@ mod tree;
 mod user;
 
 use std::os::fd::AsRawFd;
-use std::process::ExitCode;
+use std::process::exit;
 
 use clap::Parser;
 use clap::error::ErrorKind;
@@ -30,27 +32,30 @@ use detach::Session;
 use error::JailError;
 use plan::Plan;
 
-fn main() -> ExitCode {
+#[cfg_attr(not(test), allow(unsafe_code))] // the symbol's name
+#[cfg_attr(not(test), unsafe(no_mangle))]
+extern "C" fn main() -> libc::c_int {
+    process::start();
     let clock = Clock::start();
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let code = match Cli::try_parse() {
+        Ok(cli) => run(cli, clock).unwrap_or_else(|error| {
+            eprintln!("lepton-jailer: {error}");
+            FAILURE
+        }),
         Err(error) => {
             // Nothing is left to do if the message cannot be written.
             drop(error.print());
-            return match error.kind() {
-                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
-                _ => ExitCode::FAILURE,
-            };
+            match error.kind() {
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => 0,
+                _ => FAILURE,
+            }
         }
     };
-    match run(cli, clock) {
-        Ok(code) => ExitCode::from(code),
-        Err(error) => {
-            eprintln!("lepton-jailer: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit(code.into())
 }
+
+/// The status of a jailer that has said what is wrong.
+const FAILURE: u8 = 1;
 
 /// Does what is asked for, and returns the status to end with.
 fn run(cli: Cli, clock: Clock) -> Result<u8, JailError> {

@@ -6,8 +6,25 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
-use rustix::process::Pid;
+use lepton_hostio::scheduler::ask_for_short_slices;
+use lepton_hostio::streams;
+use rustix::fs::{copy_file_range, fchown, sendfile};
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, WaitOptions, set_parent_process_death_signal, waitpid};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+use crate::folder::Owner;
+
+/// To be called first. There is no `main` of Rust's: its start-up prepares for a message about stack overflows, for which it
+/// reads /proc/self/maps and maps a signal stack, and takes longer than all that the jailer does before it makes the jail.
+pub fn start() {
+    streams::keep();
+    // A pipe whose other end is gone is an error like others. The VMM has it so, too.
+    // SAFETY: no other thread exists yet, and ignoring a signal runs no code.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    // Each of the processes that make a jail waits for another. The VMM asks for them in any case.
+    ask_for_short_slices();
+}
 
 /// Which of the two processes after a fork this is.
 pub enum Side {
@@ -36,7 +53,8 @@ pub fn leads_session() -> bool {
 
 /// Makes a copy of this process.
 pub fn fork() -> io::Result<Side> {
-    // SAFETY: the jailer never starts a thread, so the child has all of the state that any code expects.
+    // SAFETY: the jailer never starts a thread, so the child has all of the state that any code expects. Who copies beside it
+    // changes none of it.
     side(i64::from(unsafe { libc::fork() }))
 }
 
@@ -47,6 +65,87 @@ pub fn fork_into(namespaces: libc::c_int) -> io::Result<Side> {
     // the C library would have done around its own fork concerns locks of other threads and its cached ids, which
     // nothing here uses.
     side(unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) })
+}
+
+/// Copies all of the first file to the second, and gives that to `owner`. Nothing but system calls by way of rustix, which
+/// keeps nothing in memory but on the stack: see [`copy_beside`].
+pub fn copy([from, to]: [BorrowedFd<'_>; 2], owner: Owner) -> Result<(), Errno> {
+    const MOST: usize = 1 << 30;
+    let mut some = false;
+    loop {
+        match copy_file_range(from, None, to, None, MOST) {
+            Ok(0) => break,
+            Ok(_) => some = true,
+            Err(Errno::INTR) => {}
+            Err(error) if some => return Err(error),
+            // Not between these two file systems, or not on this kernel.
+            Err(_) => break,
+        }
+    }
+    if !some {
+        while sendfile(to, from, None, MOST)? > 0 {}
+    }
+    fchown(to, Some(owner.uid), Some(owner.gid))
+}
+
+/// A process that copies beside this one.
+pub struct Beside(Pid);
+
+struct Work {
+    files: [RawFd; 2],
+    owner: Owner,
+}
+
+/// Runs [`copy`] in a process that shares this one's memory, which is started in a fraction of the time of a fork. It has copies
+/// of all descriptors; `files` are closed here. It is killed if this process ends.
+pub fn copy_beside(files: [OwnedFd; 2], owner: Owner) -> io::Result<Beside> {
+    const STACK: usize = 64 << 10;
+    extern "C" fn begin(work: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: `copy_beside` gives its Work, which is there for good and which nobody changes. Its descriptors are open
+        // in this process, which nobody else knows of.
+        let (work, files) = unsafe {
+            let work = &*work.cast::<Work>();
+            (work, work.files.map(|file| BorrowedFd::borrow_raw(file)))
+        };
+        let result = set_parent_process_death_signal(Some(Signal::KILL));
+        let result = result.and_then(|()| copy(files, work.owner));
+        result.err().map_or(0, Errno::raw_os_error)
+    }
+    // For good: the process that has become the VMM has other memory.
+    let stack: &'static mut [u128] = Box::leak(vec![0; STACK / size_of::<u128>()].into());
+    let work: &'static Work = Box::leak(Box::new(Work {
+        files: files.each_ref().map(AsRawFd::as_raw_fd),
+        owner,
+    }));
+    // SAFETY: the stack is aligned as it has to be and nobody else's, and grows downwards from its end. The new process has
+    // this one's memory and its thread pointer, by which it changes nothing: it does what `copy` does, and ends without
+    // Rust's or the C library's knowledge, by the system call that the C library's `clone` makes behind `begin`.
+    let pid = unsafe {
+        let top = stack.as_mut_ptr_range().end.cast();
+        let work = ptr::from_ref(work).cast_mut().cast();
+        libc::clone(begin, top, libc::CLONE_VM | libc::SIGCHLD, work)
+    };
+    match side(pid.into())? {
+        Side::Parent(pid) => Ok(Beside(pid)),
+        Side::Child => Err(io::Error::other("clone has returned in the new process")),
+    }
+}
+
+impl Beside {
+    /// Waits for its end, and says how it went.
+    pub fn finish(self) -> io::Result<()> {
+        loop {
+            return match waitpid(Some(self.0), WaitOptions::empty()) {
+                Err(Errno::INTR) | Ok(None) => continue,
+                Err(error) => Err(error.into()),
+                Ok(Some((_, status))) => match status.exit_status() {
+                    Some(0) => Ok(()),
+                    Some(error) => Err(io::Error::from_raw_os_error(error)),
+                    None => Err(io::Error::other("the process that does it was killed")),
+                },
+            };
+        }
+    }
 }
 
 /// Gives this process a mount namespace of its own.

@@ -2,14 +2,16 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
+use std::iter::once;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, OFlags, fchown, fstat, makedev};
+use rustix::fs::{FileType, OFlags, fstat, makedev};
 use rustix::process::Pid;
 
+use crate::copy::Copy;
 use crate::folder::{Folder, FolderError, Made, Owner};
 
 /// Folders above the jail's root.
@@ -79,21 +81,26 @@ impl Program {
     }
 }
 
-/// A jail's folder, complete.
+/// A jail's folder.
 pub struct Tree {
     root: Folder,
     program: OwnedFd,
     program_name: OsString,
-    pid: File,
 }
 
-/// Character devices that every VMM finds: below which folder of /dev, name, major and minor number
-/// (Linux, Documentation/admin-guide/devices.txt).
-const DEVICES: [(&[&str], &str, u32, u32); 3] = [
-    (&["dev", "net"], "tun", 10, 200),
-    (&["dev"], "kvm", 10, 232),
-    (&["dev"], "urandom", 1, 9),
-];
+/// The file for the VMM's process id.
+pub struct PidFile(File);
+
+impl PidFile {
+    /// Writes it.
+    pub fn write(&self, pid: Pid) -> io::Result<()> {
+        write!(&self.0, "{}", pid.as_raw_nonzero())
+    }
+}
+
+/// Character devices that every VMM finds: name, major and minor number (Linux, Documentation/admin-guide/devices.txt). The
+/// first one is in /dev/net, the others are in /dev.
+const DEVICES: [(&str, u32, u32); 3] = [("tun", 10, 200), ("kvm", 10, 232), ("urandom", 1, 9)];
 /// Major number of userfaultfd, whose minor number is in /proc/misc.
 const MISC: u32 = 10;
 
@@ -105,51 +112,61 @@ pub fn userfaultfd_minor(misc: &str) -> Option<u32> {
     })
 }
 
+/// The same, of this kernel.
+fn userfaultfd() -> Option<u32> {
+    // A page is what the kernel hands out at once, and several times what there is.
+    let mut misc = [0; 4096];
+    let length = File::open("/proc/misc").ok()?.read(&mut misc).ok()?;
+    userfaultfd_minor(&String::from_utf8_lossy(misc.get(..length)?))
+}
+
 impl Tree {
-    /// Makes the folder of jail `id` below `base`, with a copy of the program. Folders that are there stay, with what is
-    /// in them; device nodes must not be there.
-    pub fn make(
+    /// Makes the folder of jail `id` below `base`, and in it a file for a copy of the program. Folders that are there stay,
+    /// with what is in them.
+    pub fn begin(
         base: &Folder,
-        program: &Program,
+        program: Program,
         id: &str,
         owner: Owner,
-        devices: bool,
         made: &mut Made,
-    ) -> Result<Self, FolderError> {
-        let name = &program.name;
+    ) -> Result<(Self, Copy), FolderError> {
+        let Program { file, name, mode } = program;
         let root = base
-            .enter_or_make(name, OPEN_TO_ALL, made)?
+            .enter_or_make(&name, OPEN_TO_ALL, made)?
             .enter_or_make(OsStr::new(id), OPEN_TO_ALL, made)?
             .enter_or_make(OsStr::new("root"), OWNERS_ALONE, made)?;
         // A copy, so that two VMMs share no memory, not even their code.
-        let mut copy = root.replace(name, program.mode, made)?;
-        io::copy(&mut &program.file, &mut copy)
-            .map_err(|source| root.failed(name, "copy", source))?;
-        fchown(&copy, Some(owner.uid), Some(owner.gid))
-            .map_err(|error| root.failed(name, "fchown", error.into()))?;
-        let runnable = root.runnable(name, &copy)?;
+        let copy = root.replace(&name, mode, made)?;
+        let tree = Self {
+            program: root.runnable(&name, &copy)?,
+            program_name: name,
+            root,
+        };
+        let path = tree.root.path().join(&tree.program_name);
+        let copy = Copy::new(file, copy, owner, path);
+        Ok((tree, copy))
+    }
+
+    /// Makes what else is in it, of which device nodes must not be there, and gives the folder to its owner.
+    pub fn furnish(
+        &self,
+        owner: Owner,
+        devices: bool,
+        made: &mut Made,
+    ) -> Result<PidFile, FolderError> {
+        let root = &self.root;
         if devices {
-            make_devices(&root, owner, made)?;
+            make_devices(root, owner, made)?;
         }
         // The API's socket is made in here.
         let run = root.enter_or_make(OsStr::new("run"), OWNERS_ALONE, made)?;
         run.give_to(owner)?;
-        let mut pid_name = name.clone();
+        let mut pid_name = self.program_name.clone();
         pid_name.push(".pid");
         let pid = root.create(&pid_name, 0o644, made)?;
         // Last: from now on the owner can change what is in it.
         root.give_to(owner)?;
-        Ok(Self {
-            root,
-            program: runnable,
-            program_name: name.clone(),
-            pid,
-        })
-    }
-
-    /// Writes the VMM's process id into the file for it.
-    pub fn write_pid(&self, pid: Pid) -> io::Result<()> {
-        write!(&self.pid, "{}", pid.as_raw_nonzero())
+        Ok(PidFile(pid))
     }
 
     /// The folder that becomes the VMM's root.
@@ -157,7 +174,7 @@ impl Tree {
         &self.root
     }
 
-    /// The copy of the program, to be run.
+    /// The copy of the program, to be run once it is written.
     pub fn program(&self) -> &OwnedFd {
         &self.program
     }
@@ -171,20 +188,16 @@ impl Tree {
 }
 
 fn make_devices(root: &Folder, owner: Owner, made: &mut Made) -> Result<(), FolderError> {
-    let userfaultfd = std::fs::read_to_string("/proc/misc")
-        .ok()
-        .and_then(|misc| userfaultfd_minor(&misc));
-    let userfaultfd = userfaultfd.map(|minor| (&["dev"][..], "userfaultfd", MISC, minor));
-    for (folders, name, major, minor) in DEVICES.into_iter().chain(userfaultfd) {
-        let mut folder = root.clone();
-        for name in folders {
-            folder = folder.enter_or_make(OsStr::new(name), OWNERS_ALONE, made)?;
-        }
-        let device = makedev(major, minor);
-        folder.make_device(OsStr::new(name), device, owner, made)?;
+    let dev = root.enter_or_make(OsStr::new("dev"), OWNERS_ALONE, made)?;
+    let net = dev.enter_or_make(OsStr::new("net"), OWNERS_ALONE, made)?;
+    let [tun, kvm, urandom] = DEVICES;
+    let userfaultfd = userfaultfd().map(|minor| ("userfaultfd", MISC, minor));
+    let in_dev = [kvm, urandom].into_iter().chain(userfaultfd);
+    for (folder, device) in once((&net, tun)).chain(in_dev.map(|device| (&dev, device))) {
+        let (name, major, minor) = device;
+        folder.make_device(OsStr::new(name), makedev(major, minor), owner, made)?;
     }
-    let dev = root.enter(OsStr::new("dev"))?;
-    dev.enter(OsStr::new("net"))?.give_to(owner)?;
+    net.give_to(owner)?;
     dev.give_to(owner)
 }
 

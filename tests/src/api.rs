@@ -85,14 +85,27 @@ impl Api {
         self.act("InstanceStart");
     }
 
-    /// Lets a machine start whose guest may end before the reply is read.
+    /// An action that succeeds, and after which the guest may end before the reply is read.
     #[track_caller]
-    pub fn start_short_life(&mut self) {
-        let body = json!({ "action_type": "InstanceStart" }).to_string();
+    fn act_at_last(&mut self, action: &str) {
+        let body = json!({ "action_type": action }).to_string();
         match self.try_request("PUT", "/actions", &body) {
             Ok((204, _)) | Err(ClientError::Closed | ClientError::Io(_)) => {}
-            other => panic!("InstanceStart: {other:?}"),
+            other => panic!("{action}: {other:?}"),
         }
+    }
+
+    /// Lets a machine start whose guest may end at once.
+    #[track_caller]
+    pub fn start_short_life(&mut self) {
+        self.act_at_last("InstanceStart");
+    }
+
+    /// Types on the guest's keyboard what [`Program::once_typed`](crate::guest::Program::once_typed) waits for. The guest may
+    /// end at once.
+    #[track_caller]
+    pub fn type_keys(&mut self) {
+        self.act_at_last("SendCtrlAltDel");
     }
 
     /// `Paused` or `Resumed`.

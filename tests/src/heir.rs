@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
+use crate::api::Api;
 use crate::linux::Linux;
 use crate::vmm::Vmm;
 
@@ -45,11 +46,11 @@ impl Heir {
     }
 }
 
-/// Clones a guest, and returns the answer.
+/// Clones the machine behind an API, and returns the answer.
 #[track_caller]
-pub fn clone(guest: &mut Linux, children: &[Value]) -> Value {
+pub fn clone(api: &mut Api, children: &[Value]) -> Value {
     let request = json!({ "children": children }).to_string();
-    let (status, reply) = guest.api.request("PUT", "/clone", &request);
+    let (status, reply) = api.request("PUT", "/clone", &request);
     assert_eq!(status, 200, "{reply}");
     serde_json::from_str(&reply).expect("a reply in JSON")
 }
@@ -68,9 +69,14 @@ pub const UNIQUE: [&str; 6] = [
 /// What [`UNIQUE`] names, of this guest.
 #[track_caller]
 pub fn unique_things(guest: &Linux) -> Vec<String> {
+    // Mostly without a process of its own: each costs a copy, which is slow, many pages.
     let text = guest.sh(
-        "head -c 32 /dev/urandom | md5sum; cat /proc/sys/kernel/random/boot_id /etc/machine-id; hostname; \
-         cat /sys/class/net/eth0/address; ip -4 addr show eth0 | sed -n 's/.*inet \\([^ ]*\\).*/\\1/p'",
+        "hexdump -v -n 32 -e '32/1 \"%02x\" \"\\n\"' /dev/urandom
+         kernel=/proc/sys/kernel
+         for file in $kernel/random/boot_id /etc/machine-id $kernel/hostname /sys/class/net/eth0/address; do
+             read -r line < $file; echo $line
+         done
+         ip -4 addr show eth0 | sed -n 's/.*inet \\([^ ]*\\).*/\\1/p'",
     );
     let things: Vec<String> = text.lines().map(str::to_owned).collect();
     assert_eq!(things.len(), UNIQUE.len(), "{things:?}");

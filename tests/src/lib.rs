@@ -10,13 +10,16 @@
 //! - [`origin`]: machines that boot, are loaded from a snapshot, or are clones, for the same tests.
 //! - [`heir`]: a process that waits for a copy of it.
 //! - [`reaper`]: what ends all of these if the test program is killed.
+//! - [`small`]: a file system that is soon full.
 //! - [`linux`]: our Linux guest with its agent. `lab_*` tests run it, on a KVM with nested paging.
+//! - [`carried`]: programs of the host for that guest.
 //!
 //! Nothing sleeps to let something else happen: whoever waits, waits for an event, with a deadline.
 
 pub mod api;
 pub mod arp;
 pub mod capture;
+pub mod carried;
 pub mod counting;
 pub mod groups;
 pub mod guest;
@@ -28,6 +31,7 @@ pub mod metal;
 pub mod origin;
 pub mod programs;
 pub mod reaper;
+pub mod small;
 pub mod sparse;
 pub mod suite;
 pub mod tap;

@@ -28,6 +28,17 @@ impl Metal {
         }
     }
 
+    /// Lets the VMM have an API, and a log apart from what the guest says.
+    #[must_use]
+    pub fn with_api(mut self) -> Self {
+        let log = self.path("log").into_os_string();
+        self.builder = self
+            .builder
+            .with_api()
+            .arguments(["--log-path".into(), log]);
+        self
+    }
+
     /// Changes the configuration.
     #[must_use]
     pub fn with(mut self, change: impl FnOnce(&mut Value)) -> Self {
@@ -83,7 +94,7 @@ impl Metal {
             let arguments = &mut self.config["boot-source"]["boot_args"];
             *arguments = format!("{} metal.copied=1", arguments.as_str().expect("a text")).into();
         }
-        origin.machine(self.builder, &self.config, |vmm| {
+        origin.machine(self.builder, &self.config, |vmm, _| {
             vmm.stdout.wait_for("WAITS\n");
         })
     }

@@ -1,11 +1,20 @@
 //! How the machine of a test comes to be: by a boot, from a snapshot, or as a copy of one that runs. A test of what a machine
-//! does need not know: [`Metal`](crate::metal::Metal) makes it in the way that the suite asks for.
+//! does need not know: [`Metal`](crate::metal::Metal), [`running`] and [`Linux`](crate::linux::Linux) make it in the way that
+//! the suite asks for.
+//!
+//! All that a running machine does, has, is asked for and ends by is tested in every way. In one way are tested:
+//! - what a machine never gets from another one: kernels and initrds and how they are entered, tables, the command line, the
+//!   boot timer, what is asked for before the start, sockets and configuration files that cannot be used;
+//! - snapshots and clones themselves, whose tests say where each machine comes from, and moments of a whole life
+//!   (`killed_at_any_moment...`), of which the beginning is one;
+//! - jails, which know nothing of the machine: those of copies have tests of their own;
+//! - clients of the API, which is served by a thread that knows no machine.
 
 use std::cell::Cell;
 use std::path::Path;
 
 use lepton_api::client::ClientError;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
 use crate::api::Api;
@@ -48,9 +57,9 @@ impl Origin {
     }
 
     /// Makes a machine of `config` in this way, in the process that `builder` starts. Where it comes of another one, that has
-    /// come to be `ready` before.
+    /// come to be `ready` before, in its own process and with its own configuration.
     #[track_caller]
-    pub(crate) fn machine(self, builder: Builder, config: &Value, ready: fn(&Vmm)) -> Vmm {
+    pub(crate) fn machine(self, builder: Builder, config: &Value, ready: Ready) -> Vmm {
         match self {
             Origin::Booted => builder.config(config).spawn(),
             Origin::Restored => restored(builder, config, ready),
@@ -59,12 +68,28 @@ impl Origin {
     }
 }
 
-/// A machine that runs, and its API: of `program`, which never ends, entered in 64-bit mode, with more of a configuration that
-/// `more` makes. In the way that the suite asks for.
+/// Waits until a machine has come to where another one may come of it.
+pub(crate) type Ready = fn(&Vmm, &Value);
+
+/// What a process has of its own, whatever machine is in it.
+const OF_THE_PROCESS: [&str; 3] = ["serial", "logger", "metrics"];
+
+/// A machine that runs, and its API: of `program`, which does not end by itself, entered in 64-bit mode, with more of a
+/// configuration that `more` makes. In the way that the suite asks for.
 #[track_caller]
 pub fn running(program: &Program, more: impl FnOnce(&Path, &mut Value)) -> (Vmm, Api) {
-    let builder = Vmm::builder();
-    let kernel = program.write(builder.directory(), Entry::Linux64);
+    running_in(Vmm::builder(), program, Entry::Linux64, more)
+}
+
+/// The same, in the process that `builder` starts.
+#[track_caller]
+pub fn running_in(
+    builder: Builder,
+    program: &Program,
+    entry: Entry,
+    more: impl FnOnce(&Path, &mut Value),
+) -> (Vmm, Api) {
+    let kernel = program.write(builder.directory(), entry);
     let mut config = json!({
         "boot-source": { "kernel_image_path": kernel },
         "machine-config": { "vcpu_count": 1, "mem_size_mib": 128 },
@@ -79,7 +104,7 @@ pub fn running(program: &Program, more: impl FnOnce(&Path, &mut Value)) -> (Vmm,
         api.start();
         return (vmm, api);
     }
-    let vmm = origin.machine(builder, &config, |_| ());
+    let vmm = origin.machine(builder, &config, |_, _| ());
     let api = vmm.api();
     (vmm, api)
 }
@@ -89,45 +114,70 @@ thread_local! {
 }
 
 #[track_caller]
-fn ancestor(config: &Value, ready: fn(&Vmm)) -> (Vmm, Api) {
+fn ancestor(config: &Value, ready: Ready) -> (Vmm, Api) {
     let (vmm, mut api) = Vmm::quiet();
     api.configure(config);
     api.start();
-    ready(&vmm);
+    ready(&vmm, config);
     (vmm, api)
 }
 
+/// Takes out of `config` what is the process's.
+fn taken(config: &mut Value) -> Value {
+    let config = config.as_object_mut().expect("an object");
+    let parts = OF_THE_PROCESS.iter();
+    let parts: Map<String, Value> = parts
+        .filter_map(|name| config.remove_entry(*name))
+        .collect();
+    parts.into()
+}
+
+/// A process without a machine, which has answered: so all of it is there.
 #[track_caller]
-fn restored(builder: Builder, config: &Value, ready: fn(&Vmm)) -> Vmm {
+fn heir(builder: Builder, own: &Value) -> Vmm {
+    let vmm = builder.with_api().spawn();
+    let mut api = vmm.api();
+    assert_eq!(api.state(), "Not started");
+    api.configure(own);
+    vmm
+}
+
+#[track_caller]
+fn restored(builder: Builder, config: &Value, ready: Ready) -> Vmm {
     let place = TempDir::new().expect("a temporary directory");
     let (state, memory) = (place.path().join("state"), place.path().join("memory"));
-    let (ancestor, mut api) = ancestor(config, ready);
+    let mut config = config.clone();
+    let own = taken(&mut config);
+    let (ancestor, mut api) = ancestor(&config, ready);
     api.reach("Paused");
     api.put(
         "/snapshot/create",
         &json!({ "snapshot_path": state, "mem_file_path": memory }),
     );
     ancestor.terminate();
-    let vmm = builder.with_api().spawn();
+    let vmm = heir(builder, &own);
     // Checked memory is not for everybody.
     let verify = rustix::process::geteuid().is_root();
+    let tracks = &config["machine-config"]["track_dirty_pages"];
     let load = json!({
-        "snapshot_path": state, "resume_vm": true,
+        "snapshot_path": state, "resume_vm": true, "track_dirty_pages": tracks == &json!(true),
         "mem_backend": { "backend_type": "File", "backend_path": memory, "verify": verify },
     });
-    match vmm
-        .api()
-        .try_request("PUT", "/snapshot/load", &load.to_string())
-    {
-        // The guest's life may be over before the reply is read.
-        Ok((204, _)) | Err(ClientError::Closed | ClientError::Io(_)) => {}
-        other => panic!("{load}: {other:?}"),
-    }
+    answered_at_last(&vmm, "PUT", "/snapshot/load", &load);
     vmm
 }
 
+/// Sends a request that lets the guest run, whose life may be over before the reply is read.
 #[track_caller]
-fn cloned(builder: Builder, config: &Value, ready: fn(&Vmm)) -> Vmm {
+fn answered_at_last(vmm: &Vmm, method: &str, path: &str, body: &Value) {
+    match vmm.api().try_request(method, path, &body.to_string()) {
+        Ok((204, _)) | Err(ClientError::Closed | ClientError::Io(_)) => {}
+        other => panic!("{body}: {other:?}"),
+    }
+}
+
+#[track_caller]
+fn cloned(builder: Builder, config: &Value, ready: Ready) -> Vmm {
     let place = TempDir::new().expect("a temporary directory");
     let adopt = place.path().join("adopt.sock");
     let mut child = json!({
@@ -135,6 +185,7 @@ fn cloned(builder: Builder, config: &Value, ready: fn(&Vmm)) -> Vmm {
     });
     // What the test has a hand in is the copy's. The ancestor has others of the same kind.
     let mut config = config.clone();
+    let own = taken(&mut config);
     config["machine-config"]["clonable"] = true.into();
     let mut taps = Vec::new();
     for interface in list(&mut config, "network-interfaces") {
@@ -164,16 +215,16 @@ fn cloned(builder: Builder, config: &Value, ready: fn(&Vmm)) -> Vmm {
         child["vsock_override"] = json!({ "uds_path": vsock["uds_path"] });
         vsock["uds_path"] = json!(place.path().join("v.sock"));
     }
-    let heir = builder
-        .with_api()
-        .arguments(["--adopt".into(), adopt.into_os_string()]);
-    let heir = heir.spawn();
-    // Once it has answered, all of it is there.
-    assert_eq!(heir.api().state(), "Not started");
-    let (_ancestor, mut api) = ancestor(&config, ready);
-    let request = json!({ "children": [child] }).to_string();
+    let builder = builder.arguments(["--adopt".into(), adopt.into_os_string()]);
+    let heir = heir(builder, &own);
+    let (ancestor, mut api) = ancestor(&config, ready);
+    // It goes on when the other one is gone, which takes a while on a busy host.
+    let request = json!({ "children": [child], "resume_children": false }).to_string();
     let (status, reply) = api.request("PUT", "/clone", &request);
     assert_eq!(status, 200, "{reply}");
+    drop(ancestor);
+    let resume = json!({ "state": "Resumed" });
+    answered_at_last(&heir, "PATCH", "/vm", &resume);
     heir
 }
 

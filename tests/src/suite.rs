@@ -20,6 +20,8 @@ pub enum Need {
     Root,
     /// A kernel that lets a process give up files.
     Landlock,
+    /// A kernel that lets a thread ask for shorter slices (Linux 6.12), and tells of them in /proc.
+    Slices,
     /// A program in the `PATH`.
     Program(&'static str),
     /// An environment variable with the path of an existing file, such as a kernel.
@@ -34,6 +36,9 @@ impl Need {
             Need::HardwareKvm => programs::hardware_kvm().err(),
             Need::Root => (!rustix::process::geteuid().is_root()).then(|| "needs root".to_owned()),
             Need::Landlock => (!has_landlock()).then(|| "the kernel has no Landlock".to_owned()),
+            Need::Slices => {
+                (!has_slices()).then(|| "the kernel has no slices to ask for".to_owned())
+            }
             Need::Program(name) => {
                 (!programs::is_in_path(name)).then(|| format!("there is no program {name}"))
             }
@@ -44,6 +49,17 @@ impl Need {
             },
         }
     }
+}
+
+fn has_slices() -> bool {
+    let release = rustix::system::uname();
+    let release = release.release().to_string_lossy().into_owned();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    let version = (numbers.next(), numbers.next());
+    let tells =
+        std::fs::read_to_string("/proc/self/sched").is_ok_and(|text| text.contains("se.slice"));
+    tells
+        && matches!(version, (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= (6u32, 12u32))
 }
 
 /// On a thread of its own, which gives up files to see.

@@ -191,7 +191,7 @@ fn a_running_guest_is_cloned() {
     let clock = ahead(&guest);
     let heirs = [Heir::new(), Heir::new()];
     let children: Vec<Value> = heirs.iter().map(Heir::child).collect();
-    clone(&mut guest, &children);
+    clone(&mut guest.api, &children);
     talk("after\n");
     check_clock(&guest, clock);
     let children = heirs.map(Heir::linux);
@@ -219,7 +219,7 @@ fn a_running_guest_is_cloned() {
     // A copy of a copy, while the others go on.
     let [mut child, other] = children;
     let heir = Heir::new();
-    clone(&mut child, &[heir.child()]);
+    clone(&mut child.api, &[heir.child()]);
     let grandchild = heir.linux();
     check_clock(&grandchild, clock);
     assert_eq!(grandchild.sh("cat /tmp/one /tmp/mine"), "one\n0");
@@ -238,7 +238,13 @@ fn a_running_guest_is_cloned() {
 
 fn copies_are_others_before_they_speak() {
     // Each has a network of its own, whose host is x.1 and whose guest is x.2.
-    let nets = ["172.30.81", "172.30.82", "172.30.83", "172.30.84"];
+    let nets = [
+        "172.30.81",
+        "172.30.82",
+        "172.30.83",
+        "172.30.84",
+        "172.30.85",
+    ];
     let taps = nets.map(|net| Tap::new(Some(&format!("{net}.1/24"))));
     let mac = |number: usize| format!("06:00:ac:1e:51:{:02x}", number + 1);
     let ip = format!("quiet ip={0}.2::{0}.1:255.255.255.0::eth0:off", nets[0]);
@@ -277,7 +283,7 @@ fn copies_are_others_before_they_speak() {
         })
         .collect();
     let mut ear = Ear::new();
-    clone(&mut guest, &children);
+    clone(&mut guest.api, &children);
     let mut family: Vec<Linux> = heirs.map(Heir::linux).into();
 
     // One that is loaded, too.
@@ -286,6 +292,19 @@ fn copies_are_others_before_they_speak() {
     guest.api.reach("Resumed");
     let more = json!({ "network_overrides": tap(3), "identity": identity(3) });
     family.push(place.load_as(&more));
+
+    // And a copy of what was saved, by a process that only keeps it.
+    let template = Vmm::builder()
+        .arguments(["--template".into(), place.path("state")])
+        .arguments(["--template-memory".into(), place.path("Full")])
+        .spawn();
+    let heir = Heir::new();
+    let mut child = heir.child();
+    child["network_overrides"] = tap(4);
+    child["identity"] = identity(4);
+    clone(&mut template.api(), &[child]);
+    family.push(heir.linux());
+    template.terminate();
 
     let parents = unique_things(&guest);
     assert_eq!(

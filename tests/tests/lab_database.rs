@@ -1,11 +1,9 @@
 //! A database in a Linux guest, on a drive with an overlay, that is cloned while it writes.
 
-use std::ffi::OsString;
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Instant;
 
+use lepton_tests::carried;
 use lepton_tests::heir::{Heir, clone};
 use lepton_tests::linux::{self, Linux, drive};
 use lepton_tests::suite::{self, Need, Order};
@@ -23,60 +21,12 @@ fn main() -> ExitCode {
     )
 }
 
-#[track_caller]
-fn succeeds(command: &mut Command) -> String {
-    let output = command.output().expect("the program starts");
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{command:?}: {errors}");
-    String::from_utf8(output.stdout).expect("text")
-}
-
-/// Where a program of this name is.
-fn in_path(name: &str) -> PathBuf {
-    let path = std::env::var_os("PATH").expect("a PATH");
-    let found = std::env::split_paths(&path).map(|folder| folder.join(name));
-    found
-        .into_iter()
-        .find(|path| path.is_file())
-        .expect("there")
-}
-
-/// Where the guest has the drive.
-const DRIVE: &str = "/mnt";
-/// The database's program, in the guest: with a loader and libraries of its own, as the image has none.
-const SQLITE: &str = "/mnt/bin/loader --library-path /mnt/bin /mnt/bin/sqlite3 -batch -bail";
+/// The database's program, in the guest.
+const SQLITE: &str = "/mnt/bin/sqlite3 -batch -bail";
 const DATABASE: &str = "/mnt/db";
 /// Accounts of the database, which move money between them, and what they have in all.
 const ACCOUNTS: u32 = 100;
 const MONEY: u32 = ACCOUNTS * 1000;
-
-/// A file system with the host's SQLite in it, and room for a database.
-fn database_drive(folder: &Path) -> PathBuf {
-    let bin = folder.join("tree/bin");
-    fs::create_dir_all(&bin).expect("a folder");
-    let sqlite = in_path("sqlite3");
-    fs::copy(&sqlite, bin.join("sqlite3")).expect("a copy");
-    let needed = succeeds(Command::new("ldd").arg(&sqlite));
-    for library in needed
-        .split_whitespace()
-        .filter(|word| word.starts_with('/'))
-    {
-        let name = Path::new(library).file_name().expect("a file");
-        let name = match name.to_string_lossy().starts_with("ld-") {
-            true => OsString::from("loader"),
-            false => name.to_owned(),
-        };
-        fs::copy(library, bin.join(name)).expect("a copy");
-    }
-    let image = folder.join("image");
-    succeeds(
-        Command::new("mkfs.ext4")
-            .args(["-q", "-d"])
-            .args([&folder.join("tree"), &image])
-            .arg("64M"),
-    );
-    image
-}
 
 /// What is done with the database in a guest.
 struct Database;
@@ -125,7 +75,10 @@ impl Database {
 
 fn a_database_is_cloned_while_it_writes() {
     let folder = tempfile::tempdir().expect("a temporary directory");
-    let image = database_drive(folder.path());
+    // With room for a database.
+    let tree = folder.path().join("tree");
+    carried::carry(&tree, &["sqlite3"]);
+    let image = carried::image(&tree);
     let mut guest = Linux::boot("quiet", |_, config| {
         config["machine-config"]["clonable"] = true.into();
         let mut data = drive("data", &image, "Async", false);
@@ -133,9 +86,8 @@ fn a_database_is_cloned_while_it_writes() {
         data["overlay"] = json!({ "path": folder.path().join("own") });
         config["drives"].as_array_mut().expect("a list").push(data);
     });
-    guest.sh(&format!(
-        "mount -t ext4 /dev/vdb {DRIVE} && dmesg -c >/dev/null"
-    ));
+    carried::mount(&guest, "rw");
+    guest.sh("dmesg -c >/dev/null");
     let begin = format!(
         "PRAGMA journal_mode = WAL; CREATE TABLE log (number INTEGER PRIMARY KEY, text);
          CREATE TABLE accounts (id INTEGER PRIMARY KEY, money);
@@ -159,7 +111,7 @@ fn a_database_is_cloned_while_it_writes() {
     for number in 0..20 {
         let heir = Heir::new();
         let before = Database::done(&guest);
-        clone(&mut guest, &[heir.child()]);
+        clone(&mut guest.api, &[heir.child()]);
         // It has seen no error, and goes on.
         Database::wait_for_more(&guest);
         // The copy has the processors for itself then.
@@ -170,9 +122,9 @@ fn a_database_is_cloned_while_it_writes() {
         if number % 10 == 0 {
             // Its writer goes on, and all that it has written is there once more after it was killed.
             Database::wait_for_more(&copy);
-            copy.sh("killall -9 loader; while killall -0 loader 2>/dev/null; do :; done");
+            copy.sh("killall -9 sqlite3; while killall -0 sqlite3 2>/dev/null; do :; done");
             assert!(Database::check(&copy) > done);
-            copy.sh(&format!("umount {DRIVE}"));
+            copy.sh(&format!("umount {}", carried::PLACE));
         }
         // Whoever is killed, the machine goes on.
         drop(copy);

@@ -6,10 +6,10 @@ use std::process::{Command, ExitCode};
 
 use lepton_agent::client::ExitStatus;
 use lepton_tests::linux::{self, Linux, drive};
+use lepton_tests::small::SmallFileSystem;
 use lepton_tests::suite::{self, Need, Order};
 use lepton_tests::test;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 fn main() -> ExitCode {
     suite::run(
@@ -32,44 +32,6 @@ fn succeeds(program: &str, arguments: &[&str]) {
         .status()
         .unwrap_or_else(|error| panic!("{program}: {error}"));
     assert!(status.success(), "{program} {}", arguments.join(" "));
-}
-
-/// A file system in memory, of 8 MiB. It goes with this value.
-struct SmallFileSystem {
-    folder: TempDir,
-}
-
-impl SmallFileSystem {
-    #[track_caller]
-    fn new() -> Self {
-        let folder = tempfile::tempdir().expect("a temporary directory");
-        let path = folder.path().to_str().expect("a plain path");
-        succeeds("mount", &["-t", "tmpfs", "-o", "size=8M", "small", path]);
-        Self { folder }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    /// A file of zeroes without blocks, twice as large as the file system.
-    #[track_caller]
-    fn image(&self, name: &str) -> PathBuf {
-        let path = self.path(name);
-        let file = fs::File::create(&path).expect("a file can be made");
-        file.set_len(16 * MIB as u64)
-            .expect("a file can have a hole");
-        path
-    }
-}
-
-impl Drop for SmallFileSystem {
-    fn drop(&mut self) {
-        let _ = Command::new("umount")
-            .arg("-l")
-            .arg(self.folder.path())
-            .status();
-    }
 }
 
 /// A block device of 16 MiB in memory with bad sectors (Linux, Documentation/block/null_blk.rst). It goes with this
@@ -152,14 +114,14 @@ fn has_kept(guest: &Linux, device: &str, bytes: &[u8]) {
 }
 
 fn a_full_disk_and_bad_sectors_reach_the_guest() {
-    let small = SmallFileSystem::new();
+    let small = SmallFileSystem::of_mib(8);
     let ballast = small.path("ballast");
     fs::write(&ballast, vec![1; 4 * MIB]).expect("there is room for it");
     // One for each drive: an error of writing back is told to everyone who has the device open.
     let bad = ["nullb0", "nullb1"].map(BadDevice::new);
     let images = [
-        ("sync", small.image("sync"), "Sync"),
-        ("async", small.image("async"), "Async"),
+        ("sync", small.image("sync", 16 * MIB as u64), "Sync"),
+        ("async", small.image("async", 16 * MIB as u64), "Async"),
         ("bad", bad[0].path(), "Sync"),
         ("bad-async", bad[1].path(), "Async"),
     ];

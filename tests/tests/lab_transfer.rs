@@ -137,7 +137,7 @@ fn a_transfer_survives_clones() {
             "timeout_ms": 50_000,
             "interfaces": [{ "iface_id": "eth0", "address": "172.30.87.2/24" }],
         });
-        clone(&mut guest, &[child]);
+        clone(&mut guest.api, &[child]);
         counting.wait_for_more();
         let copy = heir.linux();
         assert_eq!(copy.sh(&format!("echo {number}")), number.to_string());

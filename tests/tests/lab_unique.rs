@@ -135,6 +135,20 @@ fn child(heir: &Heir, number: usize, tap: &Tap) -> Value {
     child
 }
 
+/// Does the same with each of a few, on a thread each.
+fn at_once<T: Send, R: Send>(
+    all: impl IntoIterator<Item = T>,
+    work: impl Fn(T) -> R + Sync,
+) -> Vec<R> {
+    let work = &work;
+    std::thread::scope(|scope| {
+        let threads = all.into_iter().map(|one| scope.spawn(move || work(one)));
+        let threads: Vec<_> = threads.collect();
+        let results = threads.into_iter().map(|thread| thread.join());
+        results.map(|result| result.expect("it succeeds")).collect()
+    })
+}
+
 fn no_two_copies_have_anything_in_common() {
     let asked = std::env::var("LEPTON_UNIQUE_CLONES").ok();
     let copies = asked.map_or(FEW, |number| number.parse().expect("a number"));
@@ -155,14 +169,12 @@ fn no_two_copies_have_anything_in_common() {
     let mut seen = vec![all_things(&guest, &server)];
     let numbers: Vec<usize> = (1..=copies).collect();
     for batch in numbers.chunks(BATCH) {
-        let heirs: Vec<Heir> = batch.iter().map(|_| Heir::new()).collect();
+        let heirs = at_once(batch, |_| Heir::new());
         let children: Vec<Value> = (batch.iter().zip(&heirs).zip(&taps))
             .map(|((number, heir), tap)| child(heir, *number, tap))
             .collect();
-        clone(&mut guest, &children);
-        for heir in heirs {
-            seen.push(all_things(&heir.linux(), &server));
-        }
+        clone(&mut guest.api, &children);
+        seen.extend(at_once(heirs, |heir| all_things(&heir.linux(), &server)));
         println!("{} of {copies} copies", seen.len() - 1);
     }
     let mut repeats = BTreeMap::new();

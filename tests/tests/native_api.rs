@@ -8,7 +8,7 @@ use lepton_tests::origin::running;
 use lepton_tests::suite::{self, Need, Order};
 use lepton_tests::tap::Tap;
 use lepton_tests::{Vmm, test};
-use serde_json::json;
+use serde_json::{Value, json};
 
 fn main() -> ExitCode {
     suite::run(
@@ -22,13 +22,18 @@ fn main() -> ExitCode {
             test!(a_paused_guest_stands_still).of_every_origin(),
             test!(pausing_twice_is_no_error).of_every_origin(),
             test!(every_vcpu_stops_and_goes_on).of_every_origin(),
-            test!(what_is_too_early_and_what_is_too_late),
+            test!(what_is_too_early),
+            test!(what_is_too_late).of_every_origin(),
             test!(ctrl_alt_del_is_typed_until_the_guest_does_not_read).of_every_origin(),
             test!(rate_limits_are_patched).of_every_origin(),
             test!(a_drive_is_replaced_before_the_start),
             test!(an_interface_and_its_tap)
                 .needs(Need::Root)
                 .needs(Need::Program("ip")),
+            test!(rate_limits_of_an_interface_are_patched)
+                .needs(Need::Root)
+                .needs(Need::Program("ip"))
+                .of_every_origin(),
             test!(curl_drives_a_machine).needs(Need::Program("curl")),
         ],
     )
@@ -174,13 +179,12 @@ fn every_vcpu_stops_and_goes_on() {
 const TOO_EARLY: &str = "not supported before starting the microVM";
 const TOO_LATE: &str = "not supported after starting the microVM";
 
-fn what_is_too_early_and_what_is_too_late() {
-    let (vmm, mut api, kernel) = Vmm::with_kernel(&Program::tick());
+fn what_is_too_early() {
+    let (vmm, mut api, _) = Vmm::with_kernel(&Program::tick());
     let disk = vmm.sparse_file("disk", 1 << 20);
     let drive = json!({ "drive_id": "d", "path_on_host": disk, "is_root_device": false });
     api.put("/drives/d", &drive);
-    let action = |name: &str| json!({ "action_type": name });
-    let before = [
+    for (method, path, body) in [
         ("PUT", "/actions", action("SendCtrlAltDel")),
         ("PUT", "/actions", action("FlushMetrics")),
         ("PATCH", "/vm", json!({ "state": "Paused" })),
@@ -191,16 +195,28 @@ fn what_is_too_early_and_what_is_too_late() {
             json!({ "drive_id": "d", "path_on_host": disk }),
         ),
         ("PATCH", "/network-interfaces/n", json!({ "iface_id": "n" })),
-    ];
-    for (method, path, body) in before {
+    ] {
         let message = api.refused(method, path, &body.to_string());
         assert!(message.contains(TOO_EARLY), "{method} {path}: {message}");
     }
-    api.start();
-    let source = json!({ "kernel_image_path": kernel });
+    vmm.terminate();
+}
+
+fn action(name: &str) -> Value {
+    json!({ "action_type": name })
+}
+
+fn what_is_too_late() {
+    let (vmm, mut api) = running(&Program::tick(), |_, _| ());
+    let source = json!({ "kernel_image_path": vmm.path("kernel") });
     let machine = json!({ "vcpu_count": 1, "mem_size_mib": 64 });
+    let drive =
+        json!({ "drive_id": "d", "path_on_host": vmm.path("kernel"), "is_root_device": false });
     let interface = json!({ "iface_id": "n", "host_dev_name": "no-such-tap" });
     let vsock = json!({ "guest_cid": 3, "uds_path": vmm.path("v.sock") });
+    let load = json!({
+        "snapshot_path": "s", "mem_backend": { "backend_type": "File", "backend_path": "m" },
+    });
     let after = [
         ("PUT", "/actions", action("InstanceStart")),
         ("PUT", "/boot-source", source),
@@ -213,6 +229,7 @@ fn what_is_too_early_and_what_is_too_late() {
         ("PUT", "/serial", json!({})),
         ("PUT", "/logger", json!({})),
         ("PUT", "/metrics", json!({ "metrics_path": vmm.path("m") })),
+        ("PUT", "/snapshot/load", load),
     ];
     for state in ["Resumed", "Paused"] {
         api.reach(state);
@@ -321,14 +338,32 @@ fn an_interface_and_its_tap() {
     assert_eq!(other.open_files(), open_files);
     other.terminate();
     api.start();
+    vmm.terminate();
+}
+
+fn rate_limits_of_an_interface_are_patched() {
+    let tap = Tap::new(None);
+    let (vmm, mut api) = running(&Program::tick(), |_, config| {
+        config["network-interfaces"] = json!([{
+            "iface_id": "n", "host_dev_name": tap.name(), "mtu": 1400,
+            "tx_rate_limiter": { "bandwidth": { "size": 1000, "refill_time": 10 } },
+        }]);
+    });
     let patch =
         json!({ "iface_id": "n", "rx_rate_limiter": { "ops": { "size": 9, "refill_time": 10 } } });
     api.patch("/network-interfaces/n", &patch);
     let config = api.get("/vm/config");
+    let interface = &config["network-interfaces"][0];
+    assert_eq!(interface["rx_rate_limiter"]["ops"]["size"], 9);
     assert_eq!(
-        config["network-interfaces"][0]["rx_rate_limiter"]["ops"]["size"],
-        9
+        interface["tx_rate_limiter"]["bandwidth"]["size"], 1000,
+        "a limiter that is not named stays"
     );
+    assert_eq!(interface["host_dev_name"], tap.name());
+    assert_eq!(interface["mtu"], 1400);
+    let unknown = json!({ "iface_id": "other" }).to_string();
+    let message = api.refused("PATCH", "/network-interfaces/other", &unknown);
+    assert!(message.contains("other"), "{message}");
     vmm.terminate();
 }
 

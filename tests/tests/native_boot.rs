@@ -1,10 +1,12 @@
 //! Boots of guests of a few instructions: how they are entered, what they are given, how they end.
 
 use std::process::ExitCode;
+use std::time::Instant;
 
 use lepton_tests::guest::{Entry, Program, bzimage};
+use lepton_tests::origin::{running, running_in};
 use lepton_tests::suite::{self, Need, Order};
-use lepton_tests::{Ended, Vmm, test};
+use lepton_tests::{Ended, PATIENCE, Vmm, test};
 use serde_json::{Value, json};
 
 fn main() -> ExitCode {
@@ -12,10 +14,10 @@ fn main() -> ExitCode {
         Order::Together,
         &[Need::Kvm],
         [
-            test!(a_reset_is_a_success),
-            test!(a_power_off_has_its_own_status),
-            test!(a_triple_fault_has_its_own_status),
-            test!(what_kvm_cannot_run_is_a_failure),
+            test!(a_reset_is_a_success).of_every_origin(),
+            test!(a_power_off_has_its_own_status).of_every_origin(),
+            test!(a_triple_fault_has_its_own_status).of_every_origin(),
+            test!(what_kvm_cannot_run_is_a_failure).of_every_origin(),
             test!(the_64_bit_entry_and_pvh_both_boot_through_the_api),
             test!(the_start_is_answered_even_if_the_guest_ends_at_once),
             test!(a_bzimage_boots),
@@ -27,9 +29,9 @@ fn main() -> ExitCode {
             test!(memory_goes_up_to_the_hole),
             test!(memory_goes_on_behind_the_hole),
             test!(memory_of_one_mib_has_no_room_for_a_kernel),
-            test!(every_vcpu_can_be_started),
+            test!(every_vcpu_can_be_started).of_every_origin(),
             test!(the_boot_timer_is_logged),
-            test!(the_code_that_started_a_machine_is_let_go),
+            test!(the_code_that_started_a_machine_is_let_go).of_every_origin(),
             test!(huge_pages_that_the_host_has_not_are_refused_and_nothing_is_left),
         ],
     )
@@ -51,9 +53,26 @@ fn boot_on(program: &Program, entry: Entry, vcpus: u8, mib: u64) -> Ended {
     builder.config(&config).without_api().spawn().wait()
 }
 
+/// Lets a machine of any origin run a program that ends it.
 #[track_caller]
-fn boot(program: &Program, entry: Entry) -> Ended {
-    boot_on(program, entry, 1, 128)
+fn end_by(program: &Program, entry: Entry, vcpus: u8) -> Ended {
+    let builder = Vmm::builder();
+    let log = builder.directory().join("log").into_os_string();
+    let builder = builder.arguments(["--log-path".into(), log]);
+    let (vmm, mut api) = running_in(
+        builder,
+        &Program::once_typed(program),
+        entry,
+        |_, config| {
+            config["machine-config"]["vcpu_count"] = vcpus.into();
+        },
+    );
+    api.type_keys();
+    vmm.wait()
+}
+
+fn log_of(ended: &Ended) -> String {
+    std::fs::read_to_string(ended.directory.path().join("log")).expect("a log")
 }
 
 /// Boots a program that sends bytes and resets; the bytes come back. The log goes to a file.
@@ -74,31 +93,36 @@ fn both_entries() -> [Entry; 2] {
 
 fn a_reset_is_a_success() {
     for entry in both_entries() {
-        let ended = boot(&Program::reset(), entry).expect_code(0);
-        assert!(ended.text().contains("the guest reset itself"), "{entry:?}");
+        let ended = end_by(&Program::reset(), entry, 1).expect_code(0);
+        let log = log_of(&ended);
+        assert!(log.contains("the guest reset itself"), "{entry:?}: {log}");
     }
 }
 
 fn a_power_off_has_its_own_status() {
     for entry in both_entries() {
-        let ended = boot(&Program::power_off(), entry).expect_code(160);
-        assert!(ended.text().contains("the guest powered off"), "{entry:?}");
+        let ended = end_by(&Program::power_off(), entry, 1).expect_code(160);
+        let log = log_of(&ended);
+        assert!(log.contains("the guest powered off"), "{entry:?}: {log}");
     }
 }
 
 fn a_triple_fault_has_its_own_status() {
     for entry in both_entries() {
-        let ended = boot(&Program::triple_fault(), entry).expect_code(161);
-        let text = ended.text();
-        assert!(text.contains("the guest had a triple fault"), "{entry:?}");
+        let ended = end_by(&Program::triple_fault(), entry, 1).expect_code(161);
+        let log = log_of(&ended);
+        assert!(
+            log.contains("the guest had a triple fault"),
+            "{entry:?}: {log}"
+        );
     }
 }
 
 fn what_kvm_cannot_run_is_a_failure() {
-    let ended = boot(&Program::jump_into_the_hole(), Entry::Pvh).expect_code(1);
-    let text = ended.text();
-    assert!(text.contains("the machine failed: "), "{text}");
-    assert!(text.contains("0xd0000000"), "{text}");
+    let ended = end_by(&Program::jump_into_the_hole(), Entry::Pvh, 1).expect_code(1);
+    let log = log_of(&ended);
+    assert!(log.contains("the machine failed: "), "{log}");
+    assert!(log.contains("0xd0000000"), "{log}");
 }
 
 fn the_64_bit_entry_and_pvh_both_boot_through_the_api() {
@@ -286,11 +310,8 @@ fn memory_of_one_mib_has_no_room_for_a_kernel() {
 
 fn every_vcpu_can_be_started() {
     for vcpus in [2, 32] {
-        let program = Program::count_processors(vcpus - 1);
-        let bytes = bytes_sent_by(&program, Entry::Pvh, |config| {
-            config["machine-config"]["vcpu_count"] = vcpus.into();
-        });
-        assert_eq!(bytes, [vcpus - 1]);
+        let ended = end_by(&Program::count_processors(vcpus - 1), Entry::Pvh, vcpus);
+        assert_eq!(ended.expect_code(0).stdout, [vcpus - 1]);
     }
 }
 
@@ -310,11 +331,21 @@ fn the_boot_timer_is_logged() {
 }
 
 fn the_code_that_started_a_machine_is_let_go() {
-    let (vmm, mut api, _) = Vmm::with_kernel(&Program::tick());
-    let before = vmm.file_memory().expect("it waits for a machine");
-    api.start();
-    let after = vmm.file_memory().expect("the machine runs");
-    assert!(after < before, "{before} KiB, then {after} KiB");
+    let (idle, _) = Vmm::with_api();
+    let before = idle.file_memory().expect("it waits for a machine");
+    let (vmm, mut api) = running(&Program::tick(), |_, _| ());
+    // A machine that came from elsewhere runs for a moment before.
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let after = vmm.file_memory().expect("the machine runs");
+        if after < before {
+            break;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "{before} KiB without a machine, {after} KiB with one"
+        );
+    }
     // What is used again comes back.
     api.reach("Paused");
     api.reach("Resumed");

@@ -9,6 +9,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
 use lepton_tests::guest::{Entry, Program};
+use lepton_tests::origin::{Origin, running, running_in};
 use lepton_tests::suite::{self, Need, Order};
 use lepton_tests::vmm::Builder;
 use lepton_tests::{Api, Ended, PATIENCE, Vmm, programs, test};
@@ -20,17 +21,22 @@ fn main() -> ExitCode {
         Order::Together,
         &[Need::Kvm],
         [
-            test!(every_thread_has_a_filter_of_its_own),
-            test!(without_seccomp_there_are_no_filters),
-            test!(files_outside_are_out_of_reach_once_the_guest_runs).needs(Need::Landlock),
-            test!(without_a_word_every_place_is_allowed),
+            test!(every_thread_has_a_filter_of_its_own).of_every_origin(),
+            test!(all_threads_but_vcpus_have_short_slices)
+                .needs(Need::Slices)
+                .of_every_origin(),
+            test!(without_seccomp_there_are_no_filters).of_every_origin(),
+            test!(files_outside_are_out_of_reach_once_the_guest_runs)
+                .needs(Need::Landlock)
+                .of_every_origin(),
+            test!(without_a_word_every_place_is_allowed).of_every_origin(),
             test!(a_start_that_fails_gives_nothing_up),
             test!(a_forbidden_call_of_the_event_loop_ends_the_vmm),
             test!(a_forbidden_call_of_a_vcpu_ends_the_vmm),
             test!(a_forbidden_call_of_the_api_ends_the_vmm),
             test!(a_forbidden_argument_ends_the_vmm),
             test!(a_file_of_filters_that_cannot_be_used_is_refused),
-            test!(guest_memory_stays_out_of_core_dumps),
+            test!(guest_memory_stays_out_of_core_dumps).of_every_origin(),
             test!(others_of_the_same_user_cannot_look_into_it).needs(Need::Root),
         ],
     )
@@ -101,28 +107,73 @@ fn main_thread() -> String {
 }
 
 fn every_thread_has_a_filter_of_its_own() {
-    let (vmm, mut api) = Vmm::with_api();
+    let (vmm, _api) = Vmm::with_api();
     let main = main_thread();
     // Before there is a machine, clients are served and confinement is in place.
     expect_confinement(&vmm, &[("api", 2, 1, 1), (&main, 2, 1, 1)]);
-    api.configure(&config(vmm.directory(), 2));
-    api.start();
+    vmm.terminate();
+    let (vmm, _api) = running(&Program::tick(), |_, config| {
+        config["machine-config"]["vcpu_count"] = 2.into();
+    });
     // A vCPU's thread has the event loop's filter, which started it, and its own.
-    let (vcpu0, vcpu1) = (("vcpu 0", 2, 2, 1), ("vcpu 1", 2, 2, 1));
-    expect_confinement(&vmm, &[("api", 2, 1, 1), (&main, 2, 1, 1), vcpu0, vcpu1]);
+    expect_threads(&vmm, ("api", 2, 1, 1), (&main, 2, 1, 1), 2, 2);
+    vmm.terminate();
+}
+
+/// As [`expect_confinement`]: with a thread for each vCPU, and one that checks memory where there is one.
+#[track_caller]
+fn expect_threads(
+    vmm: &Vmm,
+    api: (&str, u32, u32, u32),
+    main: (&str, u32, u32, u32),
+    vcpus: usize,
+    filters: u32,
+) {
+    let mode = main.1;
+    let mut expected = vec![api, main];
+    if Origin::current() == Origin::Restored && rustix::process::geteuid().is_root() {
+        // It does what the event loop does while it restores.
+        expected.push(("pager", mode, main.2, 1));
+    }
+    let vcpus = ["vcpu 0", "vcpu 1"].into_iter().take(vcpus);
+    expected.extend(vcpus.map(|name| (name, mode, filters, 1)));
+    expect_confinement(vmm, &expected);
+}
+
+fn all_threads_but_vcpus_have_short_slices() {
+    let slice = |task: &Path| -> Option<u64> {
+        let sched = fs::read_to_string(task.join("sched")).ok()?;
+        let line = sched.lines().find(|line| line.starts_with("se.slice"))?;
+        line.rsplit(' ').next()?.parse().ok()
+    };
+    let usual = slice(Path::new("/proc/self")).expect("the kernel tells");
+    let (vmm, mut api) = running(&Program::tick(), |_, _| ());
+    // Who answers has all its threads.
+    api.get("/");
+    let tasks = fs::read_dir(format!("/proc/{}/task", vmm.pid())).expect("the VMM runs");
+    let mut seen = Vec::new();
+    for task in tasks {
+        let task = task.expect("a thread").path();
+        let name = fs::read_to_string(task.join("comm")).expect("its name");
+        let name = name.trim();
+        if name == "api" || name == main_thread() {
+            assert!(slice(&task).is_some_and(|slice| slice < usual), "{name}");
+            seen.push("short");
+        } else if name.starts_with("vcpu") {
+            assert_eq!(slice(&task), Some(usual), "{name}");
+            seen.push("usual");
+        }
+    }
+    seen.sort_unstable();
+    assert_eq!(seen, ["short", "short", "usual"]);
     vmm.terminate();
 }
 
 fn without_seccomp_there_are_no_filters() {
     let builder = Vmm::builder().arguments(["--no-seccomp"]);
-    let config = config(builder.directory(), 1);
-    let vmm = builder.config(&config).spawn();
-    let main = main_thread();
-    expect_confinement(
-        &vmm,
-        // New privileges are given up for Landlock as well.
-        &[("api", 0, 0, 1), (&main, 0, 0, 1), ("vcpu 0", 0, 0, 1)],
-    );
+    let (vmm, _api) = running_in(builder, &Program::tick(), Entry::Linux64, |_, _| ());
+    // New privileges are given up for Landlock as well.
+    expect_threads(&vmm, ("api", 0, 0, 1), (&main_thread(), 0, 0, 1), 1, 0);
     vmm.terminate();
 }
 
@@ -142,15 +193,16 @@ fn with_drive() -> (Builder, TempDir) {
 }
 
 fn configured(builder: Builder) -> (Vmm, Api) {
-    let mut config = config(builder.directory(), 1);
-    config["drives"] = json!([{
-        "drive_id": "data", "path_on_host": builder.directory().join("drive.img"), "is_root_device": false,
-    }]);
-    let vmm = builder.spawn();
-    let mut api = vmm.api();
-    api.configure(&config);
-    api.start();
-    (vmm, api)
+    running_in(
+        builder,
+        &Program::tick(),
+        Entry::Linux64,
+        |folder, config| {
+            config["drives"] = json!([{
+                "drive_id": "data", "path_on_host": folder.join("drive.img"), "is_root_device": false,
+            }]);
+        },
+    )
 }
 
 /// The paths of a snapshot in a folder.
@@ -324,11 +376,11 @@ fn a_forbidden_argument_ends_the_vmm() {
 }
 
 fn a_forbidden_call_of_the_api_ends_the_vmm() {
-    let vmm = with_filters(&without(lists(), "api", "sendto", None)).spawn();
+    let vmm = with_filters(&without(lists(), "api", "sendmsg", None)).spawn();
     let mut api: Api = vmm.api();
     let answer = api.try_request("GET", "/", "");
     assert!(answer.is_err(), "{answer:?}");
-    expect_violation(vmm.wait_for_fault(), "api", 44, "sendto");
+    expect_violation(vmm.wait_for_fault(), "api", 46, "sendmsg");
 }
 
 fn a_file_of_filters_that_cannot_be_used_is_refused() {
@@ -364,10 +416,7 @@ fn a_file_of_filters_that_cannot_be_used_is_refused() {
 }
 
 fn guest_memory_stays_out_of_core_dumps() {
-    let builder = Vmm::builder();
-    let config = config(builder.directory(), 1);
-    let vmm = builder.config(&config).spawn();
-    vmm.api().state();
+    let (vmm, _api) = running(&Program::tick(), |_, _| ());
     let smaps = fs::read_to_string(format!("/proc/{}/smaps", vmm.pid())).expect("the VMM runs");
     let (mut size, mut checked) = (0, 0);
     for line in smaps.lines() {

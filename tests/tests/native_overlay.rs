@@ -20,10 +20,10 @@ fn main() -> ExitCode {
         &[Need::Kvm, Need::File("LEPTON_PROBE")],
         [
             test!(machines_over_one_base_see_only_their_own_writes).of_every_origin(),
-            test!(what_was_flushed_is_there_after_sigkill),
-            test!(what_was_written_without_flushes_is_there_after_sigkill),
-            test!(it_is_saved_and_goes_on_elsewhere),
-            test!(a_reset_gives_the_base_back),
+            test!(what_was_flushed_is_there_after_sigkill).of_every_origin(),
+            test!(what_was_written_without_flushes_is_there_after_sigkill).of_every_origin(),
+            test!(it_is_saved_and_goes_on_elsewhere).of_every_origin(),
+            test!(a_reset_gives_the_base_back).of_every_origin(),
             test!(what_cannot_be_an_overlay_is_refused),
             test!(overlays_are_worked_on_by_commands),
         ],
@@ -77,12 +77,15 @@ impl Place {
     }
 }
 
-fn configuration(arguments: &str, drive: &Value) -> Value {
-    json!({
-        "boot-source": { "kernel_image_path": linux::file("LEPTON_PROBE"), "boot_args": arguments },
-        "machine-config": { "vcpu_count": 1, "mem_size_mib": 128 },
-        "drives": [drive],
-    })
+/// Starts the guest, which works with the drive.
+#[track_caller]
+fn started(arguments: &str, drive: &Value) -> (Vmm, Api) {
+    let probe = Metal::new("LEPTON_PROBE", arguments).with_api();
+    let vmm = probe
+        .with(|config| config["drives"] = json!([drive]))
+        .start();
+    let api = vmm.api();
+    (vmm, api)
 }
 
 /// Lets the guest run to its end.
@@ -132,11 +135,9 @@ fn machines_over_one_base_see_only_their_own_writes() {
 
 /// Kills the VMM in the midst of the guest's writes, and returns how many of them it had done.
 fn killed(mode: &str, counter: &str, drive: &Value) -> u64 {
-    let (vmm, mut api) = Vmm::quiet();
     let arguments =
         format!("probe.mode={mode} probe.verify=1 probe.seed=9 probe.seconds=60 probe.size=4096");
-    api.configure(&configuration(&arguments, drive));
-    api.start();
+    let (vmm, mut api) = started(&arguments, drive);
     api.wait_for_more(counter, 100);
     let done = api.counter(counter);
     vmm.signal(Signal::KILL);
@@ -190,12 +191,7 @@ fn it_is_saved_and_goes_on_elsewhere() {
         let arguments = format!(
             "probe.mode=blk_write probe.verify=1 probe.seed=9 probe.qd=16 probe.count={COUNT}"
         );
-        let (vmm, mut api) = Vmm::quiet();
-        api.configure(&configuration(
-            &arguments,
-            &place.drive("one", engine, cache),
-        ));
-        api.start();
+        let (vmm, mut api) = started(&arguments, &place.drive("one", engine, cache));
         api.wait_for_more("lepton_block_write_count", 100);
         api.reach("Paused");
         let snapshot = json!({
@@ -251,14 +247,12 @@ fn a_reset_gives_the_base_back() {
     assert!(place.room("one") > 1 << 20);
     let (vmm, mut api) = Vmm::quiet();
     let drive = place.drive("one", "Async", "Writeback");
-    api.configure(&configuration(
-        "probe.mode=blk_write probe.seconds=60",
-        &drive,
-    ));
+    api.put("/drives/d", &drive);
     let reset = |api: &mut Api| api.request("PUT", "/drives/d/reset", "");
     assert_eq!(reset(&mut api), (204, String::new()));
     assert!(place.room("one") <= 16384, "{}", place.room("one"));
-    api.start();
+    vmm.terminate();
+    let (vmm, mut api) = started("probe.mode=blk_write probe.seconds=60", &drive);
     api.wait_for_more("lepton_block_write_count", 100);
     let refused = api.refused("PUT", "/drives/d/reset", "");
     assert!(refused.contains("Paused"), "{refused}");

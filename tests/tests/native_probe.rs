@@ -1,13 +1,14 @@
 //! The measuring guest: each of its modes does what it says, checked from the host.
 
 use std::fs;
+use std::path::Path;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lepton_tests::metal::{Metal, pattern, results};
 use lepton_tests::origin::Origin;
 use lepton_tests::suite::{self, Need, Order};
-use lepton_tests::{PATIENCE, Vmm, linux, test};
+use lepton_tests::{Api, PATIENCE, Vmm, test};
 use serde_json::{Value, json};
 
 fn main() -> ExitCode {
@@ -23,7 +24,9 @@ fn main() -> ExitCode {
             test!(what_is_on_the_drive_it_reads).of_every_origin(),
             test!(it_finds_devices_by_acpi).of_every_origin(),
             test!(it_flushes).of_every_origin(),
-            test!(a_drive_under_load_is_saved_and_goes_on),
+            test!(a_drive_under_load_is_saved_and_goes_on).of_every_origin(),
+            test!(a_drive_is_changed_under_load).of_every_origin(),
+            test!(a_limit_holds_back_until_it_is_lifted).of_every_origin(),
             test!(an_idle_processor_sleeps).of_every_origin(),
             test!(bad_arguments_are_told),
         ],
@@ -196,12 +199,112 @@ fn it_flushes() {
     assert!(fs::read(drive).expect("the drive's file") == pattern(0, 40960));
 }
 
+fn drive(path: &Path, engine: &str) -> Value {
+    json!({
+        "drive_id": "d", "path_on_host": path, "is_root_device": false, "is_read_only": false,
+        "io_engine": engine,
+    })
+}
+
+/// A guest that works with this drive, in a VMM with an API.
+fn under_load(arguments: &str, drive: &Value) -> Metal {
+    probe(arguments)
+        .with_api()
+        .with(|config| config["drives"] = json!([drive]))
+}
+
+const READS: &str = "lepton_block_read_count";
+
+#[track_caller]
+fn wait_for_some(api: &mut Api, counter: &str, more: u64) {
+    let before = api.counter(counter);
+    api.wait_for_more(counter, before + more);
+}
+
+/// PATCH gives the guest another image in the midst of its writes: all of them go to one of both, and from then on to the
+/// second.
+fn a_drive_is_changed_under_load() {
+    const SIZE: usize = 1 << 20;
+    const WRITES: &str = "lepton_block_write_count";
+    for (from, to) in [("Sync", "Sync"), ("Async", "Async")] {
+        let place = tempfile::tempdir().expect("a temporary directory");
+        let path = |name: &str| place.path().join(name);
+        for name in ["one", "two"] {
+            fs::write(path(name), vec![0; SIZE]).expect("an image");
+        }
+        let arguments =
+            "probe.mode=blk_write probe.verify=1 probe.seed=7 probe.qd=16 probe.seconds=3600";
+        let vmm = under_load(arguments, &drive(&path("one"), from)).start();
+        let mut api = vmm.api();
+        wait_for_some(&mut api, WRITES, 2 * SIZE as u64 / 4096);
+        let change = json!({ "drive_id": "d", "path_on_host": path("two") });
+        api.patch("/drives/d", &change);
+        assert_eq!(
+            api.get("/vm/config")["drives"][0]["path_on_host"],
+            json!(path("two"))
+        );
+        let first = fs::read(path("one")).expect("an image");
+        assert!(first == pattern(7, SIZE), "{from}: not all was written");
+        fs::write(path("one"), vec![0; SIZE]).expect("an image");
+        wait_for_some(&mut api, WRITES, 2 * SIZE as u64 / 4096);
+        let second = fs::read(path("two")).expect("an image");
+        assert!(second == pattern(7, SIZE), "{to}: not all was written");
+        let first = fs::read(path("one")).expect("an image");
+        assert!(first == vec![0; SIZE], "{from}: it is written still");
+        // What cannot be leaves what is.
+        let missing = json!({ "drive_id": "d", "path_on_host": path("none") }).to_string();
+        let message = api.refused("PATCH", "/drives/d", &missing);
+        assert!(message.contains("none"), "{message}");
+        wait_for_some(&mut api, WRITES, 100);
+        assert_eq!(api.counter("lepton_block_execute_fails"), 0);
+        vmm.terminate();
+    }
+}
+
+fn a_limit_holds_back_until_it_is_lifted() {
+    const THROTTLED: &str = "lepton_block_rate_limiter_throttled_events";
+    const REFILL_MS: u64 = 100;
+    for engine in ["Sync", "Async"] {
+        let place = tempfile::tempdir().expect("a temporary directory");
+        let image = place.path().join("image");
+        fs::write(&image, vec![0; 1 << 20]).expect("an image");
+        let arguments = "probe.mode=blk_read probe.pattern=random probe.qd=4 probe.seconds=3600";
+        let limit = |buckets: Value| json!({ "drive_id": "d", "rate_limiter": buckets });
+        let mut drive = drive(&image, engine);
+        drive["rate_limiter"] = json!({ "ops": { "size": 10, "refill_time": REFILL_MS } });
+        let vmm = under_load(arguments, &drive).start();
+        let mut api = vmm.api();
+        // Whatever is in the bucket, 20 more need one refill, and 30 two.
+        let paced = |api: &mut Api| {
+            let started = Instant::now();
+            wait_for_some(api, READS, 30);
+            assert!(started.elapsed() >= Duration::from_millis(REFILL_MS));
+        };
+        paced(&mut api);
+        // Lifted, it holds nothing back.
+        let free = json!({ "size": 0, "refill_time": 0 });
+        api.patch("/drives/d", &limit(json!({ "ops": free })));
+        wait_for_some(&mut api, READS, 1000);
+        let throttled = api.counter(THROTTLED);
+        assert!(throttled > 0);
+        wait_for_some(&mut api, READS, 1000);
+        assert_eq!(api.counter(THROTTLED), throttled, "{engine}");
+        // By bytes: ten reads' worth.
+        let bytes = json!({ "size": 10 * 4096, "refill_time": REFILL_MS });
+        api.patch("/drives/d", &limit(json!({ "bandwidth": bytes })));
+        paced(&mut api);
+        api.wait_for_more(THROTTLED, throttled);
+        vmm.terminate();
+    }
+}
+
 fn a_drive_under_load_is_saved_and_goes_on() {
     const SIZE: usize = 4 << 20;
-    const COUNT: u64 = 20_000;
+    // A tenth of a second or more, on any host: it must not be done before it is saved.
+    const COUNT: u64 = 100_000;
     for (mode, engine, counter) in [
-        ("blk_read", "Sync", "lepton_block_read_count"),
-        ("blk_read", "Async", "lepton_block_read_count"),
+        ("blk_read", "Sync", READS),
+        ("blk_read", "Async", READS),
         ("blk_write", "Async", "lepton_block_write_count"),
     ] {
         let place = tempfile::tempdir().expect("a temporary directory");
@@ -213,21 +316,12 @@ fn a_drive_under_load_is_saved_and_goes_on() {
             "mem_backend": { "backend_type": "File", "backend_path": path("memory") },
             "resume_vm": true,
         });
-        let (mut vmm, mut api) = Vmm::quiet();
-        api.configure(&json!({
-            "boot-source": {
-                "kernel_image_path": linux::file("LEPTON_PROBE"),
-                "boot_args": format!(
-                    "probe.mode={mode} probe.verify=1 probe.seed=7 probe.qd=16 probe.count={COUNT}"
-                ),
-            },
-            "machine-config": { "vcpu_count": 1, "mem_size_mib": 128 },
-            "drives": [{
-                "drive_id": "d", "path_on_host": path("drive"), "is_root_device": false,
-                "is_read_only": false, "io_engine": engine,
-            }],
-        }));
-        api.start();
+        let arguments = format!(
+            "probe.mode={mode} probe.verify=1 probe.seed=7 probe.qd=16 probe.count={COUNT}"
+        );
+        let drive = drive(&path("drive"), engine);
+        let mut vmm = under_load(&arguments, &drive).start();
+        let mut api = vmm.api();
         // Saved in the midst of its work, and again after the first restore.
         for _ in 0..2 {
             let before = api.counter(counter);

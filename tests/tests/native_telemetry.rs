@@ -4,6 +4,7 @@ use std::fs;
 use std::process::ExitCode;
 
 use lepton_tests::guest::Program;
+use lepton_tests::origin::running;
 use lepton_tests::suite::{self, Need, Order};
 use lepton_tests::{Api, Vmm, test};
 use serde_json::{Value, json};
@@ -13,11 +14,12 @@ fn main() -> ExitCode {
         Order::Together,
         &[Need::Kvm],
         [
-            test!(metrics_are_flushed_as_a_line_of_json),
-            test!(metrics_are_told_in_open_metrics),
+            test!(metrics_are_flushed_as_a_line_of_json).of_every_origin(),
+            test!(requests_are_counted),
+            test!(metrics_are_told_in_open_metrics).of_every_origin(),
             test!(the_log_goes_where_it_is_sent),
             test!(the_log_of_a_module_alone),
-            test!(the_serial_console_goes_to_a_file),
+            test!(the_serial_console_goes_to_a_file).of_every_origin(),
         ],
     )
 }
@@ -25,37 +27,30 @@ fn main() -> ExitCode {
 /// What [`Program::tick`] makes grow.
 const TICKS: &str = "lepton_vcpu_exit_io_out";
 
+/// The line of metrics that a flush adds to a file.
+#[track_caller]
+fn flushed(api: &mut Api, path: &str) -> Value {
+    api.act("FlushMetrics");
+    let text = fs::read_to_string(path).expect("the metrics are there");
+    let last = text.lines().last().expect("a line");
+    serde_json::from_str(last).expect("a line of JSON")
+}
+
 fn metrics_are_flushed_as_a_line_of_json() {
-    let (vmm, mut api, _) = Vmm::with_kernel(&Program::tick());
+    let (vmm, mut api) = running(&Program::tick(), |folder, config| {
+        config["metrics"] = json!({ "metrics_path": folder.join("metrics"), "emit_id": true });
+    });
     let path = vmm.path("metrics");
-    api.put(
-        "/metrics",
-        &json!({ "metrics_path": path, "emit_id": true }),
-    );
-    let twice = json!({ "metrics_path": path }).to_string();
-    api.refused("PUT", "/metrics", &twice);
-    let bad = json!({ "vcpu_count": 99, "mem_size_mib": 1 }).to_string();
-    api.refused("PUT", "/machine-config", &bad);
-    api.start();
     api.wait_for_more(TICKS, 0);
-    let flushed = |api: &mut Api| {
-        api.act("FlushMetrics");
-        let text = fs::read_to_string(&path).expect("the metrics are there");
-        let last = text.lines().last().expect("a line");
-        serde_json::from_str::<Value>(last).expect("a line of JSON")
-    };
-    let line = flushed(&mut api);
+    let line = flushed(&mut api, &path);
     assert!(
         line["utc_timestamp_ms"].as_u64() > Some(1_700_000_000_000),
         "{line}"
     );
     assert_eq!(line["id"], "anonymous-instance");
-    assert_eq!(line["put_api_requests"]["machine_cfg_count"], 1);
-    assert_eq!(line["put_api_requests"]["machine_cfg_fails"], 1);
-    assert_eq!(line["put_api_requests"]["metrics_fails"], 1);
     assert!(line["vcpu"]["exit_io_out"].as_u64() > Some(0), "{line}");
     // Growth since the last flush, not the sum.
-    let line = flushed(&mut api);
+    let line = flushed(&mut api, &path);
     assert_eq!(line["put_api_requests"]["machine_cfg_count"], 0);
     assert_eq!(line["put_api_requests"]["actions_count"], 1);
     // The end is flushed too.
@@ -66,12 +61,30 @@ fn metrics_are_flushed_as_a_line_of_json() {
     assert_eq!(lines(path.to_str().expect("a plain path")), before + 1);
 }
 
+fn requests_are_counted() {
+    let (vmm, mut api, _) = Vmm::with_kernel(&Program::tick());
+    let path = vmm.path("metrics");
+    let metrics = json!({ "metrics_path": path });
+    api.put("/metrics", &metrics);
+    api.refused("PUT", "/metrics", &metrics.to_string());
+    let bad = json!({ "vcpu_count": 99, "mem_size_mib": 1 }).to_string();
+    api.refused("PUT", "/machine-config", &bad);
+    api.start();
+    let line = flushed(&mut api, &path);
+    assert_eq!(line["put_api_requests"]["machine_cfg_count"], 1);
+    assert_eq!(line["put_api_requests"]["machine_cfg_fails"], 1);
+    assert_eq!(line["put_api_requests"]["metrics_fails"], 1);
+    vmm.terminate();
+}
+
 fn metrics_are_told_in_open_metrics() {
-    let (vmm, mut api, kernel) = Vmm::with_kernel(&Program::tick());
-    for id in ["a", "b"] {
-        let drive = json!({ "drive_id": id, "path_on_host": kernel, "is_root_device": false, "is_read_only": true });
-        api.put(&format!("/drives/{id}"), &drive);
-    }
+    let (vmm, mut api) = running(&Program::tick(), |_, config| {
+        let image = config["boot-source"]["kernel_image_path"].clone();
+        let drive = |id: &str| json!({ "drive_id": id, "path_on_host": image, "is_root_device": false, "is_read_only": true });
+        config["drives"] = json!([drive("a"), drive("b")]);
+    });
+    let late = json!({ "vcpu_count": 1, "mem_size_mib": 64 }).to_string();
+    api.refused("PATCH", "/machine-config", &late);
     let (status, text) = api.request("GET", "/metrics", "");
     assert_eq!(status, 200);
     assert!(text.ends_with("# EOF\n"), "{text}");
@@ -101,7 +114,10 @@ fn metrics_are_told_in_open_metrics() {
     for id in ["a", "b"] {
         assert!(text.contains(&format!("device=\"{id}\"")), "{text}");
     }
-    assert_eq!(api.counter("lepton_put_api_requests_drive_count"), 2);
+    assert_eq!(
+        api.counter("lepton_patch_api_requests_machine_cfg_fails"),
+        1
+    );
     vmm.terminate();
 }
 
@@ -157,10 +173,11 @@ fn the_log_of_a_module_alone() {
 }
 
 fn the_serial_console_goes_to_a_file() {
-    let (vmm, mut api, _) = Vmm::with_kernel(&Program::print("said on the console"));
-    let path = vmm.path("console");
-    api.put("/serial", &json!({ "serial_out_path": path }));
-    api.start_short_life();
+    let program = Program::print_once_typed("said on the console");
+    let (vmm, mut api) = running(&program, |folder, config| {
+        config["serial"] = json!({ "serial_out_path": folder.join("console") });
+    });
+    api.type_keys();
     let ended = vmm.wait().expect_code(0);
     let console = fs::read_to_string(ended.directory.path().join("console"));
     assert_eq!(

@@ -13,6 +13,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberOp
 use lepton_api::types::{Logger, MetricsTarget};
 use lepton_api::{Action, Server, StopHandle, config_file};
 use lepton_hostio::listener::{self, BindError, SocketFile};
+use lepton_hostio::scheduler::ask_for_usual_slices;
 use lepton_hostio::tap::Tap;
 use lepton_vmm::cli::Cli;
 use lepton_vmm::clock::time_on;
@@ -147,6 +148,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         boot_timer: cli.boot_timer,
         confine_vcpu: Arc::new(move || {
             reach::give_up_files().map_err(io::Error::other)?;
+            ask_for_usual_slices();
             of_vcpu.confine(Thread::Vcpu).map_err(io::Error::other)
         }),
         allow_path,

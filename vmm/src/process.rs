@@ -5,13 +5,24 @@
 //! twentieth of the time until the API answers.
 #![allow(unsafe_code)] // a signal's disposition, mallopt, and madvise on the program's own mapping
 
-use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use lepton_devices::dirty::PAGE;
+use lepton_hostio::scheduler::ask_for_short_slices;
+use lepton_hostio::streams;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+use vmm_sys_util::timerfd::TimerFd;
+
+/// How long a machine that came from elsewhere runs before the code that made it is let go. Its vCPUs need code on their way
+/// into the guest, and would have to map it again.
+const UNDER_WAY: Duration = Duration::from_millis(100);
 
 /// To be called first, before any thread is started.
 pub fn start() {
-    keep_standard_streams();
+    streams::keep();
     // SAFETY: no other thread exists yet, and ignoring a signal runs no code.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
     // No core dump, and no other process of the same user attaches to this one or reads its memory and files in /proc.
@@ -21,6 +32,8 @@ pub fn start() {
     // thread's start, for threads that hardly allocate.
     // SAFETY: mallopt sets a number; no other thread exists yet.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    // A guest or a client waits for whatever any thread does, but a vCPU's.
+    ask_for_short_slices();
 }
 
 /// Gives back the memory of the program's code and constants, once a machine runs. Nearly all of it was needed to get
@@ -31,13 +44,50 @@ pub fn let_go_of_code() {
     unsafe { libc::dl_iterate_phdr(Some(let_go_of), std::ptr::null_mut()) };
 }
 
+/// Lets go of code ([`let_go_of_code`]) once, a moment after it was put into the event loop.
+pub struct LetGoSoon {
+    /// Until then.
+    timer: Option<TimerFd>,
+}
+
+impl LetGoSoon {
+    /// From now on.
+    pub fn begin() -> io::Result<Self> {
+        let mut timer = TimerFd::new()?;
+        timer.reset(UNDER_WAY, None)?;
+        Ok(LetGoSoon { timer: Some(timer) })
+    }
+}
+
+impl MutEventSubscriber for LetGoSoon {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        if let Err(error) = ops.remove(events) {
+            log::error!("cannot forget a timer: {error}");
+        }
+        self.timer = None;
+        let_go_of_code();
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        let Some(timer) = &self.timer else {
+            return;
+        };
+        let fired = Events::with_data_raw(timer.as_raw_fd(), 0, EventSet::IN);
+        if let Err(error) = ops.add(fired) {
+            log::error!("cannot watch a timer: {error}");
+        }
+    }
+}
+
 /// Does so for an object that is loaded. 1: no more objects are wanted, the program itself is the first.
+///
+/// # Safety
+/// `info` describes an object that stays loaded, as dl_iterate_phdr(3) has it.
 unsafe extern "C" fn let_go_of(
     info: *mut libc::dl_phdr_info,
     _size: usize,
     _data: *mut libc::c_void,
 ) -> libc::c_int {
-    const PAGE: u64 = 4096;
     // SAFETY: the caller's description, with as many headers as it says.
     let (base, headers) = unsafe {
         let info = &*info;
@@ -60,19 +110,4 @@ unsafe extern "C" fn let_go_of(
         unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_DONTNEED) };
     }
     1
-}
-
-/// Opens /dev/null in the place of a standard stream that is closed: else the next file opened would be it, and what is
-/// printed would go there.
-fn keep_standard_streams() {
-    use rustix::stdio::{stderr, stdin, stdout};
-    for stream in [stdin(), stdout(), stderr()] {
-        if rustix::io::fcntl_getfd(stream) == Err(Errno::BADF) {
-            match rustix::fs::open("/dev/null", OFlags::RDWR, Mode::empty()) {
-                // The lowest free descriptor, which is the missing one.
-                Ok(null) => std::mem::forget(null),
-                Err(_) => std::process::abort(),
-            }
-        }
-    }
 }

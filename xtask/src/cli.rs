@@ -52,6 +52,7 @@ enum Command {
     ///
     /// The lab has a real /dev/kvm with nested paging on any machine, and the files of this one. What the command
     /// writes is gone afterwards, except in folders given with --share DIR:rw.
+    /// What changes in this machine's files meanwhile may not be seen inside.
     #[command(after_help = "Example: cargo xtask lab -- ls -l /dev/kvm")]
     Lab(LabArguments),
 
@@ -140,7 +141,7 @@ struct LabArguments {
     #[arg(long, value_name = "MIB", default_value_t = lab::DEFAULT_MEMORY_MIB, value_parser = clap::value_parser!(u32).range(256..=1 << 20))]
     memory: u32,
 
-    /// CPUs of the lab
+    /// CPUs for programs in the lab, which has one more
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
 

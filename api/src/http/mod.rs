@@ -9,7 +9,7 @@
 //! of microseconds.
 //!
 //! System calls while serving, for whoever writes the thread's seccomp filter: accept4, close, epoll_ctl, epoll_wait,
-//! fcntl(F_DUPFD_CLOEXEC), recvfrom, sendto, shutdown, and read of the eventfd that stops the loop; besides them
+//! fcntl(F_DUPFD_CLOEXEC), recvfrom, sendmsg, shutdown, and read of the eventfd that stops the loop; besides them
 //! what the allocator, the log and the handler need.
 
 mod connection;

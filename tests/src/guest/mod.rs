@@ -71,6 +71,22 @@ impl Program {
         Self::new(&[0xb8, 0x00, 0x00, 0x00, 0xd0, 0xff, 0xe0])
     }
 
+    /// Waits until something is typed on the keyboard, and goes on with `next`, which must not depend on its address.
+    pub fn once_typed(next: &Program) -> Self {
+        Self::key_wait().with(&next.0)
+    }
+
+    /// Waits until something is typed on the keyboard: bit 0 of its controller's status.
+    fn key_wait() -> Self {
+        // pause; in al, 0x64; test al, 1; jz back
+        Self::new(&[0xf3, 0x90, 0xe4, 0x64, 0xa8, 0x01, 0x74, 0xf8])
+    }
+
+    /// Waits until something is typed on the keyboard, prints `text` on the serial port and resets.
+    pub fn print_once_typed(text: &str) -> Self {
+        Self::print_between(&Self::key_wait(), text, &Self::reset())
+    }
+
     /// Runs for ever without an exit.
     pub fn spin() -> Self {
         // pause; jmp back
@@ -160,9 +176,14 @@ impl Program {
 
     /// Prints `text` on the serial port and goes on with `next`, which must not depend on its address.
     pub fn print_then(text: &str, next: &Program) -> Self {
+        Self::print_between(&Self::new(&[]), text, next)
+    }
+
+    fn print_between(first: &Program, text: &str, next: &Program) -> Self {
         let length = text.len() as u32;
-        let code_length = Self::new(&[]).send(0, 0).with(&next.0).0.len() as u32;
-        Self::new(&[])
+        let code_length = first.clone().send(0, 0).with(&next.0).0.len() as u32;
+        first
+            .clone()
             .send(LOAD as u32 + code_length, length)
             .with(&next.0)
             .with(text.as_bytes())
@@ -281,6 +302,15 @@ mod tests {
         let at = (u64::from(address) - LOAD) as usize;
         assert_eq!(&program.0[at..], b"hello");
         assert_eq!(program.0[at - 2..at], HANG);
+    }
+
+    #[test]
+    fn text_is_printed_where_it_lies_once_something_is_typed() {
+        let program = Program::print_once_typed("hello");
+        let wait = Program::key_wait().0.len();
+        assert_eq!(program.0[..wait], Program::key_wait().0);
+        let address = u32::from_le_bytes(program.0[wait + 1..wait + 5].try_into().unwrap());
+        assert_eq!(&program.0[(u64::from(address) - LOAD) as usize..], b"hello");
     }
 
     #[test]

@@ -341,6 +341,11 @@ pub fn clones_that_fail_leave_no_files() {
     let both = request(&[named(&good, Path::new(&own)), taken.child()]);
     let message = writer.api.refused("PUT", "/clone", &both.to_string());
     assert!(message.contains("has a machine already"), "{message}");
+    // It makes nothing ready for another one. What it does after an answer is done before the next.
+    taken.api.state();
+    let threads = taken.vmm.threads();
+    let vcpus = threads.iter().filter(|name| *name == "vcpu 0");
+    assert_eq!(vcpus.count(), 1, "{threads:?}");
     assert_eq!(good.vmm.wait().status.code(), Some(1));
     assert!(!Path::new(&own).exists());
     // One that cannot make its file says so, and can still be had.

@@ -2,8 +2,9 @@
 
 use std::net::UdpSocket;
 
+use lepton_tests::PATIENCE;
+use lepton_tests::metal::Metal;
 use lepton_tests::tap::Tap;
-use lepton_tests::{PATIENCE, Vmm, linux};
 use serde_json::json;
 
 /// While its tap is down a guest's frames are lost, counted, and nothing else; then they arrive again.
@@ -11,18 +12,16 @@ pub fn a_tap_that_goes_down_and_comes_back() {
     let tap = Tap::new(Some("172.30.45.1/24"));
     let socket = UdpSocket::bind("172.30.45.1:5001").expect("an address of the tap");
     socket.set_read_timeout(Some(PATIENCE)).expect("a socket");
-    let config = json!({
-        "boot-source": {
-            "kernel_image_path": linux::file("LEPTON_PROBE"),
-            "boot_args": "probe.mode=net_tx probe.size=200 probe.qd=4 probe.seconds=3600 \
-                          probe.ip=172.30.45.2 probe.peer=172.30.45.1",
-        },
-        "machine-config": { "vcpu_count": 1, "mem_size_mib": 16 },
-        "network-interfaces": [{
-            "iface_id": "n", "host_dev_name": tap.name(), "guest_mac": "06:00:ac:1e:2d:02",
-        }],
-    });
-    let vmm = Vmm::builder().config(&config).spawn();
+    let arguments = "probe.mode=net_tx probe.size=200 probe.qd=4 probe.seconds=3600 \
+                     probe.ip=172.30.45.2 probe.peer=172.30.45.1";
+    let metal = Metal::new("LEPTON_PROBE", arguments)
+        .with_api()
+        .with(|config| {
+            config["network-interfaces"] = json!([{
+                "iface_id": "n", "host_dev_name": tap.name(), "guest_mac": "06:00:ac:1e:2d:02",
+            }]);
+        });
+    let vmm = metal.start();
     let mut api = vmm.api();
     let mut frame = [0; 2000];
     for _ in 0..3 {

@@ -4,9 +4,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use serde_json::json;
-
-use crate::place::{Place, check_counts, configure, let_run, load, paused};
+use crate::place::{Place, check_counts, let_run, load, paused, running};
 use lepton_tests::Vmm;
 use lepton_tests::sparse::lay_over;
 
@@ -17,10 +15,9 @@ fn stored(path: &Path) -> u64 {
 
 pub fn differences_make_the_next_snapshot() {
     let (full, changes) = (Place::new(), Place::new());
-    let (vmm, mut api) = Vmm::quiet();
-    configure(&vmm, &mut api, 1, 128);
-    api.patch("/machine-config", &json!({ "track_dirty_pages": true }));
-    api.start();
+    let (vmm, mut api) = running(1, 128, |_, config| {
+        config["machine-config"]["track_dirty_pages"] = true.into();
+    });
     let_run(&mut api);
     api.reach("Paused");
     api.put("/snapshot/create", &full.create());

@@ -6,7 +6,9 @@ use std::path::Path;
 use lepton_tests::tap::Tap;
 use serde_json::json;
 
-use crate::place::{Place, check_counts, configure, let_run, load, paused, refusal, saved};
+use crate::place::{
+    Place, check_counts, configure, let_run, load, paused, refusal, running, saved,
+};
 use lepton_tests::Vmm;
 
 pub fn a_guest_goes_on_where_it_was() {
@@ -33,9 +35,7 @@ pub fn a_guest_goes_on_where_it_was() {
 
 pub fn a_guest_goes_on_in_the_process_that_saved_it() {
     let place = Place::new();
-    let (vmm, mut api) = Vmm::quiet();
-    configure(&vmm, &mut api, 1, 128);
-    api.start();
+    let (vmm, mut api) = running(1, 128, |_, _| ());
     for _ in 0..3 {
         let_run(&mut api);
         api.reach("Paused");
@@ -48,22 +48,18 @@ pub fn a_guest_goes_on_in_the_process_that_saved_it() {
 
 pub fn a_saved_machine_has_its_devices() {
     let place = Place::new();
-    let (vmm, mut api) = Vmm::quiet();
-    configure(&vmm, &mut api, 2, 256);
-    let image = place.path("image");
+    let (image, socket) = (place.path("image"), place.path("v.sock"));
     fs::write(&image, [7; 4096]).expect("an image");
-    for (id, root) in [("data", false), ("root", true)] {
-        api.put(
-            &format!("/drives/{id}"),
-            &json!({
+    let (vmm, mut api) = running(2, 256, |_, config| {
+        let drive = |id: &str, root: bool| {
+            json!({
                 "drive_id": id, "path_on_host": image, "is_root_device": root, "is_read_only": true,
                 "rate_limiter": { "ops": { "size": 10, "refill_time": 100 } },
-            }),
-        );
-    }
-    let socket = place.path("v.sock");
-    api.put("/vsock", &json!({ "guest_cid": 42, "uds_path": socket }));
-    api.start();
+            })
+        };
+        config["drives"] = json!([drive("data", false), drive("root", true)]);
+        config["vsock"] = json!({ "guest_cid": 42, "uds_path": socket });
+    });
     let_run(&mut api);
     api.reach("Paused");
     let mut before = api.get("/vm/config");

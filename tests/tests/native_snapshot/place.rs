@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-pub use lepton_tests::counting::{check_counts, configure, let_run};
+pub use lepton_tests::counting::{check_counts, configure, let_run, running};
 use lepton_tests::{Api, Vmm};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -64,9 +64,7 @@ pub fn flip(path: &Path, at: u64) {
 
 /// A machine of the counting guest that has run for a while and is paused.
 pub fn paused(vcpus: u8, mib: u64) -> (Vmm, Api) {
-    let (vmm, mut api) = Vmm::quiet();
-    configure(&vmm, &mut api, vcpus, mib);
-    api.start();
+    let (vmm, mut api) = running(vcpus, mib, |_, _| ());
     let_run(&mut api);
     api.reach("Paused");
     (vmm, api)

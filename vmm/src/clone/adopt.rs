@@ -19,8 +19,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::drives::{HandedError, NewFiles};
 use super::message::{Answer, GO, MAX_MESSAGE, MORE, Machine, Offer, PATIENCE, READY, VERSION};
-use crate::config::Configuration;
 use crate::config::saved::{Overrides, SavedConfigError};
+use crate::config::{Configuration, Shape};
 use crate::controller::{Mailbox, Message};
 use crate::identity::{Entropy, Identity, IdentityError, MAX_PATIENCE, Telling};
 use crate::kvm::KvmError;
@@ -194,8 +194,8 @@ pub struct Adopted {
     pub configuration: Configuration,
     /// The rest of it.
     pub state: MachineState,
-    /// Its memory.
-    pub ram: Ram,
+    /// Its memory, which is not mapped yet.
+    pub base: Base,
     /// Whether it is to run at once.
     pub resume: bool,
     /// Whether there are no other copies.
@@ -206,14 +206,24 @@ pub struct Adopted {
     pub telling: Option<Telling>,
 }
 
+/// Maps a machine's memory: in `place`, if that is as large. After an error `place` is of no use any more.
+pub fn map(base: Base, shape: Shape, place: Option<Arc<Memory>>) -> Result<Ram, AdoptError> {
+    let bytes = shape.memory.bytes();
+    let fits =
+        |place: &Arc<Memory>| shape.huge_pages == HugePages::None && memory::bytes(place) == bytes;
+    let memory = match place.filter(fits) {
+        Some(place) => place,
+        None => memory::allocate(shape.memory, shape.huge_pages)?,
+    };
+    base.map(&memory, None)?;
+    let ram = Ram::new(memory, Origin::Base(base));
+    ram.protect();
+    Ok(ram.tracked(shape.track_dirty_pages))
+}
+
 impl Adoption {
-    /// Takes what is offered apart, opens what the machine needs of the host, and maps its memory: in `place`, if that is as
-    /// large. After an error `place` is of no use any more.
-    pub fn take(
-        &mut self,
-        entropy: &Entropy,
-        place: Option<Arc<Memory>>,
-    ) -> Result<Adopted, AdoptError> {
+    /// Takes what is offered apart, and opens what the machine needs of the host.
+    pub fn take(&mut self, entropy: &Entropy) -> Result<Adopted, AdoptError> {
         let offer: Offer = codec::decode(&self.offer.bytes).map_err(AdoptError::Offer)?;
         if offer.version != VERSION {
             return Err(AdoptError::Version(offer.version));
@@ -250,7 +260,10 @@ impl Adoption {
             Some(identity) => Some(identity.put_into(&mut state, entropy)?),
             None => None,
         };
-        let overrides = Overrides::from(offer.changes);
+        let overrides = Overrides {
+            track_dirty_pages: offer.track_dirty_pages,
+            ..Overrides::from(offer.changes)
+        };
         state.config.apply(&overrides)?;
         let mut new_files = NewFiles::default();
         let mut images = Vec::new();
@@ -268,20 +281,10 @@ impl Adoption {
         if saved != configured {
             return Err(AdoptError::MemorySize { saved, configured });
         }
-        let fits = |place: &Arc<Memory>| {
-            shape.huge_pages == HugePages::None && memory::bytes(place) == configured
-        };
-        let memory = match place.filter(fits) {
-            Some(place) => place,
-            None => memory::allocate(shape.memory, shape.huge_pages)?,
-        };
-        base.map(&memory, None)?;
-        let ram = Ram::new(memory, Origin::Base(base));
-        ram.protect();
         Ok(Adopted {
             configuration,
             state,
-            ram,
+            base,
             resume: offer.resume,
             alone: offer.alone,
             new_files,

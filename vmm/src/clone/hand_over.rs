@@ -99,6 +99,8 @@ pub struct HandOver {
     pub pause: Duration,
     /// When that ended.
     pub resumed: Instant,
+    /// Whether it keeps a record of written pages.
+    pub track_dirty_pages: bool,
 }
 
 /// What came of it.
@@ -120,6 +122,7 @@ impl HandOver {
             drives,
             pause,
             resumed,
+            track_dirty_pages,
         } = self;
         let machine = Machine {
             state,
@@ -127,7 +130,13 @@ impl HandOver {
             extents: base.extents().to_vec(),
             memory_files: base.files().len() as u32,
         };
-        let given = give(heirs, &machine, &base, drives, resumed);
+        let terms = Terms {
+            resume: heirs.resume,
+            alone: heirs.count() == 1,
+            track_dirty_pages,
+            patience: heirs.patience,
+        };
+        let given = give(heirs, &machine, &base, drives, &terms, resumed);
         let result = given.map(|children| Cloned {
             pause_us: microseconds(pause),
             children,
@@ -142,19 +151,14 @@ fn give(
     machine: &Machine,
     memory: &base::Base,
     drives: Vec<SharedDrive>,
+    terms: &Terms,
     resumed: Instant,
 ) -> Result<Vec<ClonedChild>, CloneError> {
-    let (resume, patience) = (heirs.resume, heirs.patience);
     let (heirs, taken) = heirs.gather()?;
-    let terms = Terms {
-        resume,
-        alone: heirs.len() == 1,
-        patience,
-    };
-    offer(&heirs, machine, memory, &Drives::new(drives)?, &terms)?;
+    offer(&heirs, machine, memory, &Drives::new(drives)?, terms)?;
     // What comes now comes from others.
     reach::give_up_files()?;
-    let children = collect(&heirs, patience, resumed)?;
+    let children = collect(&heirs, terms.patience, resumed)?;
     if !terms.alone {
         for heir in &heirs {
             // One that has ended since it was ready has ended as a machine may end.
@@ -177,6 +181,7 @@ fn microseconds(time: Duration) -> u64 {
 struct Terms {
     resume: bool,
     alone: bool,
+    track_dirty_pages: bool,
     patience: Duration,
 }
 
@@ -202,6 +207,7 @@ fn offer(
             machine: bytes.len() as u64,
             changes: heir.copy.changes.clone(),
             resume: terms.resume,
+            track_dirty_pages: terms.track_dirty_pages,
             alone: terms.alone,
             drives: parcel.drives.clone(),
             files: files.len() as u32,

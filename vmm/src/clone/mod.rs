@@ -26,7 +26,7 @@ pub mod message;
 mod pool;
 mod template;
 
-pub use adopt::{AdoptError, Adopter, Adoption, Source};
+pub use adopt::{AdoptError, Adopter, Adoption, Source, map};
 pub use drives::{NewFiles, wanted as wanted_drives};
 pub use hand_over::{CloneError, Finished, HandOver};
 pub use heirs::Heirs;

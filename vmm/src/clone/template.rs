@@ -94,6 +94,7 @@ impl Template {
             drives: drives?,
             pause: Duration::ZERO,
             resumed: Instant::now(),
+            track_dirty_pages: false,
         })
     }
 }

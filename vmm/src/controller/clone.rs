@@ -1,7 +1,7 @@
 //! The request that clones a machine, and the offer of one.
 
 use std::path::Path;
-use std::sync::mpsc::SyncSender;
+use std::sync::mpsc::{RecvError, SyncSender, sync_channel};
 use std::time::Instant;
 
 use lepton_api::types::{CloneMachine, HugePages};
@@ -31,6 +31,12 @@ fn fault(error: CloneError) -> Fault {
     refused(format!("Clone error: {error}"))
 }
 
+fn refuse(answer: &SyncSender<Result<Reply, Fault>>, fault: Fault) {
+    log::warn!("request refused: {}", fault.message);
+    // A client that is gone needs no answer.
+    drop(answer.send(Err(fault)));
+}
+
 /// A machine that was offered, and is here.
 struct Restored {
     paused: Paused,
@@ -52,36 +58,39 @@ impl Controller {
         request: &CloneMachine,
         answer: SyncSender<Result<Reply, Fault>>,
     ) {
-        let begun = self
-            .admit(&Action::Clone(request.clone()))
-            .and_then(|()| self.begin_clone(request).map_err(fault));
-        let hand_over = match begun {
-            Ok(hand_over) => hand_over,
-            Err(fault) => {
-                log::warn!("request refused: {}", fault.message);
-                drop(answer.send(Err(fault)));
-                return;
-            }
-        };
-        let unthreaded = answer.clone();
+        if let Err(fault) = self.admit(&Action::Clone(request.clone())) {
+            return refuse(&answer, fault);
+        }
+        // Before the machine stands still. A thread that is started when it runs again may be put behind its vCPU, and
+        // wait until that has been on its processor for a while.
+        let (hand_overs, taken) = sync_channel(1);
         let spawned = std::thread::Builder::new()
             .name("clone".into())
             .stack_size(256 << 10)
-            .spawn(move || {
-                let Finished { result, leftovers } = hand_over.finish();
-                let reply = match result {
-                    Ok(cloned) => Reply::json(&cloned),
-                    Err(error) => Err(fault(error)),
-                };
-                if let Err(fault) = &reply {
-                    log::warn!("request refused: {}", fault.message);
+            .spawn({
+                let answer = answer.clone();
+                move || {
+                    let hand_over: HandOver = match taken.recv() {
+                        Ok(hand_over) => hand_over,
+                        // It was refused.
+                        Err(RecvError) => return,
+                    };
+                    let Finished { result, leftovers } = hand_over.finish();
+                    match result {
+                        // A client that is gone needs no answer.
+                        Ok(cloned) => drop(answer.send(Reply::json(&cloned))),
+                        Err(error) => refuse(&answer, fault(error)),
+                    }
+                    drop(leftovers);
                 }
-                // A client that is gone needs no answer.
-                drop(answer.send(reply));
-                drop(leftovers);
             });
         if let Err(error) = spawned {
-            drop(unthreaded.send(Err(fault(CloneError::Host(error)))));
+            return refuse(&answer, fault(CloneError::Host(error)));
+        }
+        match self.begin_clone(request) {
+            // The thread waits for it.
+            Ok(hand_over) => drop(hand_overs.send(hand_over)),
+            Err(error) => refuse(&answer, fault(error)),
         }
     }
 
@@ -110,6 +119,10 @@ impl Controller {
             scratch: &self.options.scratch(),
         };
         let configuration = &mut self.configuration;
+        let parted = match &mut self.phase {
+            Phase::Running(running) => running.part_memory(),
+            _ => Vec::new(),
+        };
         let started = Instant::now();
         let phase = std::mem::replace(&mut self.phase, Phase::Configuring);
         let (phase, taken) = match phase {
@@ -132,7 +145,8 @@ impl Controller {
         self.saveable = Some(saveable);
         let resumed = Instant::now();
         let pause = resumed - started;
-        let (state, memory, drives) = taken?;
+        let (state, mut memory, drives) = taken?;
+        memory.leftovers.extend(parted);
         log::info!(
             "machine cloned for {} processes; it stood still for {pause:?}",
             heirs.count()
@@ -144,6 +158,7 @@ impl Controller {
             drives,
             pause,
             resumed,
+            track_dirty_pages: self.configuration.shape().track_dirty_pages,
         })
     }
 
@@ -164,7 +179,8 @@ impl Controller {
             Err(error) => {
                 log::warn!("a machine that was offered is refused: {error}");
                 adoption.refuse(&error);
-                if self.hypervisor.is_none() {
+                // What has a machine expects no other.
+                if self.stage() == Stage::Fresh && self.hypervisor.is_none() {
                     self.expect_offers();
                 }
                 return Next::Continue;
@@ -177,6 +193,7 @@ impl Controller {
                 new_files,
             };
             self.hold(paused, telling, Held { resume, waits });
+            self.let_go_of_code_soon(events);
             return Next::Continue;
         }
         if let Err(error) = adoption.ready(&self.options.id, alone) {
@@ -189,6 +206,7 @@ impl Controller {
             true => Phase::Running(paused.resume()),
             false => Phase::Paused(paused),
         };
+        self.let_go_of_code_soon(events);
         log::info!("this is a copy of a machine now");
         Next::Continue
     }
@@ -198,19 +216,22 @@ impl Controller {
         adoption: &mut Adoption,
         events: &mut Loop,
     ) -> Result<Restored, AdoptError> {
+        // Most of what can be refused is refused while what is ready for the next offer is still ready: to let go of that
+        // takes many grace periods of the host's kernel, a second each where the host is busy, and the answer waits.
+        let mut adopted = adoption.take(&self.options.entropy)?;
         // If this fails it is lost: a machine's memory may lie where the next one's would.
         let hypervisor = match self.hypervisor.take() {
             Some(ready) => ready,
             None => Hypervisor::open()?,
         };
         let place = hypervisor.prepared_memory();
-        let mut adopted = adoption.take(&self.options.entropy, place)?;
+        let ram = clone::map(adopted.base, adopted.configuration.shape(), place)?;
         adopted.configuration.serial = self.configuration.serial.clone();
         let (console, room) = console_of(&adopted.configuration.serial)?;
         let restoration = Restoration {
             state: &adopted.state,
             vcpus: adopted.configuration.shape().topology.vcpus,
-            ram: adopted.ram,
+            ram,
             devices: adopted.configuration.devices.all(),
             console,
             clock_catches_up: true,

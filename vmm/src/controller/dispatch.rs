@@ -26,7 +26,7 @@ use crate::machine::build::{self, Blueprint, BuildError, Built, Console, Surroun
 use crate::memory::MemorySize;
 use crate::memory::small_pages::SmallPages;
 use crate::metrics::{Counted, Metrics};
-use crate::process;
+use crate::process::{self, LetGoSoon};
 use crate::reach::{Reach, ReachError, Within};
 use crate::vcpu::state::Saveable;
 use crate::vcpu::{Standby, Stop};
@@ -368,6 +368,14 @@ impl Controller {
             );
         }
         Ok(())
+    }
+
+    /// Lets go of the code that made a machine of another one, once it runs. It may be paused: what runs again is mapped again.
+    pub(super) fn let_go_of_code_soon(&self, events: &mut Loop) {
+        match LetGoSoon::begin() {
+            Ok(soon) => drop(events.add_subscriber(Box::new(soon))),
+            Err(error) => log::warn!("code stays in memory: {error}"),
+        }
     }
 
     /// What stays in reach of a machine that was configured as this one is.

@@ -133,12 +133,14 @@ impl Controller {
                 waits: Waiting::Nobody,
             };
             self.hold(paused, telling, held);
+            self.let_go_of_code_soon(events);
             return Ok(());
         }
         self.phase = match request.resume_vm {
             true => Phase::Running(paused.resume()),
             false => Phase::Paused(paused),
         };
+        self.let_go_of_code_soon(events);
         Ok(())
     }
 }

@@ -28,6 +28,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use crate::events::{DevicesPaused, Waker};
 use crate::kvm::{KvmError, Vm};
 use crate::memory::Ram;
+use crate::memory::freeze::OldMapping;
 use crate::vcpu::bus::Bus;
 use crate::vcpu::state::CpuidLeaf;
 use crate::vcpu::{Gate, Order, VcpuMetrics, VcpuThread};
@@ -90,6 +91,11 @@ impl Running {
     /// Its memory.
     pub fn ram(&self) -> &Ram {
         &self.0.ram
+    }
+
+    /// Lets go of memory's pages ahead of a clone ([`Ram::part`]).
+    pub fn part_memory(&mut self) -> Vec<OldMapping> {
+        self.0.ram.part()
     }
 
     /// Stops the vCPUs, then the devices, and waits for I/O in flight.

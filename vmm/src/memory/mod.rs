@@ -134,6 +134,8 @@ pub struct Ram {
     pub pagemap: Option<File>,
     /// What fills it when it is touched.
     pager: Option<Paging>,
+    /// Whether parts of [`Origin::Shared`] may be this process's alone already.
+    is_parting: bool,
 }
 
 /// The record of written pages.
@@ -154,6 +156,7 @@ impl Ram {
             last: None,
             pagemap: present::open(),
             pager: None,
+            is_parting: false,
         }
     }
 

@@ -57,7 +57,8 @@ impl Kick {
     }
 
     fn set(&self, value: u8) {
+        // A swap, so that who clears the flag sees whatever was ordered before it was set.
         // SAFETY: the mapping is alive (see `new`), and the byte is accessed by nobody else but the kernel.
-        unsafe { (*self.flag.0).store(value, Ordering::SeqCst) };
+        unsafe { (*self.flag.0).swap(value, Ordering::SeqCst) };
     }
 }

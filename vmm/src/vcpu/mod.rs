@@ -4,6 +4,16 @@ pub mod bus;
 mod gate;
 mod kick;
 pub mod state;
+mod turns;
+
+#[cfg(test)]
+mod tests;
+
+/// What `gate` is made of. The model in `tests` has something else here.
+mod sync {
+    pub(super) use std::sync::atomic::{AtomicBool, Ordering};
+    pub(super) use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+}
 
 use std::io;
 use std::sync::mpsc::{Sender, SyncSender, sync_channel};
@@ -19,6 +29,7 @@ pub use self::gate::{Gate, Order};
 
 use self::kick::Kick;
 pub use self::kick::signal_number as kick_signal;
+use self::turns::{Left, Turn};
 
 counters! {
     /// What vCPUs did, in all.
@@ -85,7 +96,11 @@ impl Standby {
                     return;
                 };
                 let stop = match ready {
-                    Ok(()) => run(&fd, &shared, &kick),
+                    Ok(()) => turns::run(&shared.gate, || InTurn {
+                        fd: lock(&fd),
+                        shared: &shared,
+                        kick: &kick,
+                    }),
                     Err(error) => Some(Stop::Failed(format!("vCPU {id}: {error}"))),
                 };
                 if let Some(stop) = stop {
@@ -157,30 +172,26 @@ impl VcpuShared {
     }
 }
 
-/// Runs until told to leave (`None`) or the guest ends.
-fn run(fd: &Mutex<VcpuFd>, shared: &VcpuShared, kick: &Kick) -> Option<Stop> {
-    loop {
-        if shared.gate.pass() == Order::Leave {
-            return None;
-        }
-        let mut fd = lock(fd);
-        kick.clear();
-        // An order given between the two lines above interrupts again, so it is seen below.
-        while !shared.gate.is_closed() {
-            if let Left::Stopped(stop) = step(&mut fd, shared) {
-                return Some(stop);
-            }
-        }
-        // An access that led to an exit is over only when KVM_RUN is entered again (KVM API, 5): a read's value is in
-        // its register only then, and the instruction pointer behind it. Without this a saved vCPU would do it twice.
-        kick.hold();
-        loop {
-            match step(&mut fd, shared) {
-                Left::Stopped(stop) => return Some(stop),
-                Left::Interrupted => break,
-                Left::Handled => {}
-            }
-        }
+/// The vCPU, locked for a turn.
+struct InTurn<'v> {
+    fd: MutexGuard<'v, VcpuFd>,
+    shared: &'v VcpuShared,
+    kick: &'v Kick,
+}
+
+impl Turn for InTurn<'_> {
+    type Stop = Stop;
+
+    fn clear(&mut self) {
+        self.kick.clear();
+    }
+
+    fn hold(&mut self) {
+        self.kick.hold();
+    }
+
+    fn step(&mut self) -> Left<Stop> {
+        step(&mut self.fd, self.shared)
     }
 }
 
@@ -188,18 +199,8 @@ fn lock(fd: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
     fd.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// How a stay in the guest ended.
-enum Left {
-    /// By an exit, which was handled.
-    Handled,
-    /// By a signal, or before it began.
-    Interrupted,
-    /// For good.
-    Stopped(Stop),
-}
-
 /// One stay in the guest and the handling of its exit.
-fn step(fd: &mut VcpuFd, shared: &VcpuShared) -> Left {
+fn step(fd: &mut VcpuFd, shared: &VcpuShared) -> Left<Stop> {
     let metrics = &shared.metrics;
     let stop = match fd.run() {
         Ok(VcpuExit::IoOut(port, data)) => {

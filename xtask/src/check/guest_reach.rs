@@ -15,13 +15,14 @@ use crate::progress::Progress;
 pub const NAME: &str = "unsafe";
 
 /// Where `unsafe` may be, as ARCHITECTURE.md has it: files, or folders with all that is in them.
-const ALLOWED: [&str; 14] = [
+const ALLOWED: [&str; 15] = [
     "agent/src/identity/random.rs",
     "agent/src/service/terminal.rs",
     "benches/src/bin/calls",
     "benches/src/bin/floor",
     "benches/src/wire.rs",
     "hostio/src",
+    "jailer/src/main.rs",
     "jailer/src/process.rs",
     "vmm/src/kvm",
     "vmm/src/main.rs",

@@ -34,7 +34,14 @@ use lab_tests::Program;
 const SYSTEM_TESTS: &str = "lepton-tests";
 
 /// Programs that tests in the lab start.
-const LAB_PACKAGES: [&str; 4] = ["e2fsprogs", "iproute2", "python3", "sqlite3"];
+const LAB_PACKAGES: [&str; 6] = [
+    "e2fsprogs",
+    "iproute2",
+    "nftables",
+    "python3",
+    "runc",
+    "sqlite3",
+];
 
 /// The program with Debian's own kernel.
 const DEBIAN: &str = "lab_debian";

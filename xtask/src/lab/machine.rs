@@ -299,8 +299,10 @@ fn host_files(args: &mut Arguments) -> Result<Process> {
     args.words("-device vhost-user-fs-pci,chardev=host,tag=host,queue-size=1024");
 
     let mut server = Arguments::default();
-    // Its other sandbox, a mount namespace, cannot export the root itself.
-    server.words("-f -o source=/ -o sandbox=chroot -o cache=auto -o log_level=warn --fd=10");
+    // Its other sandbox, a mount namespace, cannot export the root itself. What the lab has read of a file stays in its page
+    // cache (cache=always): otherwise each open of a file, and so each start of a program, would have all of it read again,
+    // here and in all processes that have it mapped. What others change in the host's files meanwhile may go unseen.
+    server.words("-f -o source=/ -o sandbox=chroot -o cache=always -o log_level=warn --fd=10");
     server.fds.push((10, OwnedFd::from(listener)));
     Process::start(VIRTIOFSD, server)
 }

@@ -24,7 +24,7 @@ use crate::virtio::queue::{Taken, VirtQueue};
 use crate::virtio::state::{DeviceState, QueuePosition, RestoreError};
 
 /// Most requests taken from the queue in one turn.
-const REQUESTS_PER_TURN: usize = 128;
+pub(super) const REQUESTS_PER_TURN: usize = 128;
 /// Bytes after which a turn ends. One request may be longer.
 const BYTES_PER_TURN: u64 = 16 << 20;
 
@@ -440,11 +440,10 @@ impl VirtioDevice for Block {
         let result = match source {
             SOURCE_TIMER => {
                 self.metrics.rate_limiter_event_count.inc();
-                if self.limiter.on_timer() {
-                    self.run()
-                } else {
-                    Ok(Progress::Done)
-                }
+                // Also if it was a stale event, or the second turn for this one: while the limiter holds back, nothing is
+                // done.
+                self.limiter.on_timer();
+                self.run()
             }
             SOURCE_ENGINE => self.end_completed().map(|()| Progress::Done),
             _ => Ok(Progress::Done),

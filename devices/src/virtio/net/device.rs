@@ -299,12 +299,17 @@ impl<B: Backend> VirtioDevice for Net<B> {
                 self.metrics.rx_tap_event_count.inc();
                 self.receive()
             }
-            1 if self.rx_limiter.on_timer() => {
-                self.metrics.rx_event_rate_limiter_count.inc();
+            // Also if it is a stale event, or the second turn for one: while the limiter holds back, nothing is done.
+            1 => {
+                if self.rx_limiter.on_timer() {
+                    self.metrics.rx_event_rate_limiter_count.inc();
+                }
                 self.receive()
             }
-            2 if self.tx_limiter.on_timer() => {
-                self.metrics.tx_rate_limiter_event_count.inc();
+            2 => {
+                if self.tx_limiter.on_timer() {
+                    self.metrics.tx_rate_limiter_event_count.inc();
+                }
                 self.transmit()
             }
             _ => Ok(Progress::Done),

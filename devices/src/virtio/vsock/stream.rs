@@ -1,11 +1,11 @@
 //! The host's side of a connection as the state machine sees it.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
 use rustix::io::retry_on_intr;
-use rustix::net::SendFlags;
+use rustix::net::{SendAncillaryBuffer, SendFlags};
 use vm_memory::VolatileSlice;
 
 /// A non-blocking byte stream.
@@ -34,7 +34,13 @@ impl HostStream for UnixStream {
 
     fn write_bytes(&mut self, bytes: &[u8]) -> io::Result<usize> {
         Ok(retry_on_intr(|| {
-            rustix::net::send(&*self, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+            // The call that guest memory is sent with, too.
+            rustix::net::sendmsg(
+                &*self,
+                &[IoSlice::new(bytes)],
+                &mut SendAncillaryBuffer::default(),
+                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+            )
         })?)
     }
 

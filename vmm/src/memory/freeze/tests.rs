@@ -1,4 +1,6 @@
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 
 use lepton_api::types::HugePages;
 use lepton_devices::Memory;
@@ -141,4 +143,88 @@ fn what_was_not_written_is_not_copied() {
     assert_eq!(third.files().len(), 2);
     assert_eq!(third.extents().len(), 3);
     assert_eq!(ram.freeze().unwrap().base.files().len(), 2);
+}
+
+/// Pages of a machine's memory of 64 MiB, all written: each has its number.
+fn numbered() -> (Ram, u64) {
+    let ram = shared(64);
+    let pages = ram.memory_bytes() / PAGE;
+    (0..pages).for_each(|page| put(&ram.memory, page * PAGE, page));
+    (ram, pages)
+}
+
+#[test]
+fn a_guest_that_runs_loses_nothing_while_its_pages_are_let_go() {
+    let (mut ram, pages) = numbered();
+    let memory = ram.memory.clone();
+    let end = Arc::new(AtomicBool::new(false));
+    let until = end.clone();
+    let (begun, runs) = channel();
+    // Counts in a word of every page, from one page to another that is far from it, and looks at what it counted before.
+    let guest = std::thread::spawn(move || {
+        let mut rounds = vec![0; pages as usize];
+        for step in 0u64.. {
+            let page = step.wrapping_mul(4099) % pages;
+            let word = page * PAGE + 8;
+            assert_eq!(get(&memory, word), rounds[page as usize], "page {page}");
+            assert_eq!(get(&memory, page * PAGE), page);
+            rounds[page as usize] += 1;
+            put(&memory, word, rounds[page as usize]);
+            if step == 1000 {
+                begun.send(()).unwrap();
+            }
+            if until.load(Ordering::SeqCst) {
+                break;
+            }
+        }
+        rounds
+    });
+    runs.recv().unwrap();
+    let parted = ram.part();
+    assert_eq!(parted.len(), 1);
+    assert!(matches!(ram.origin, Origin::Base(_)));
+    end.store(true, Ordering::SeqCst);
+    let rounds = guest.join().unwrap();
+    let frozen = ram.freeze().unwrap();
+    drop(parted);
+    let one = copy(&frozen.base);
+    for memory in [&ram.memory, &one] {
+        for (page, round) in (0..).zip(&rounds) {
+            assert_eq!(get(memory, page * PAGE), page);
+            assert_eq!(get(memory, page * PAGE + 8), *round, "page {page}");
+        }
+    }
+}
+
+#[test]
+fn what_could_not_be_let_go_ahead_is_when_the_machine_stands_still() {
+    let (mut ram, pages) = numbered();
+    let Origin::Shared(file) = &ram.origin else {
+        panic!("not shared");
+    };
+    // As if it had ended half way.
+    let half = ram.memory_bytes() / 2;
+    let places = Places::new(&ram.memory);
+    for part in places.of(0, half) {
+        // SAFETY: guest memory, to which there are no references.
+        unsafe { map_over(part.host, part.bytes, file, part.at, Sharing::Private) }.unwrap();
+    }
+    ram.is_parting = true;
+    put(&ram.memory, 5 * PAGE, 500);
+    put(&ram.memory, half + 5 * PAGE, 700);
+    let base = ram.freeze().unwrap().base;
+    put(&ram.memory, 5 * PAGE, 1);
+    let one = copy(&base);
+    assert_eq!(get(&one, 5 * PAGE), 500);
+    assert_eq!(get(&one, half + 5 * PAGE), 700);
+    let last = pages - 1;
+    assert_eq!(get(&one, last * PAGE), last);
+}
+
+#[test]
+fn a_machine_with_little_memory_waits_until_it_stands_still() {
+    let mut ram = shared(64);
+    put(&ram.memory, 0x1000, 1);
+    assert!(ram.part().is_empty());
+    assert!(matches!(ram.origin, Origin::Shared(_)));
 }

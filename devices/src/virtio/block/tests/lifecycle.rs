@@ -221,6 +221,33 @@ fn limits_change_at_run_time() {
     }
 }
 
+/// A limit that is lifted when more waits than one turn does: the turns after it are for the same event.
+#[test]
+fn all_that_waited_goes_on_when_a_limit_is_lifted() {
+    const COUNT: usize = 3 * super::super::device::REQUESTS_PER_TURN;
+    for engine in ENGINES {
+        let mut options = Options::new(engine);
+        options.queue_size = 1024;
+        options.rate_limiter.ops = ops(1, u64::MAX);
+        let mut rig = Rig::with(options, &pattern(8));
+        rig.offer(&Ask::read(0, 1));
+        rig.kick().unwrap();
+        let mut done = 0;
+        for _ in 0..COUNT {
+            rig.offer(&Ask::flush());
+        }
+        rig.kick().unwrap();
+        rig.block.quiesce().unwrap();
+        done += rig.driver.queues[0].used().len();
+        assert_eq!(done, 1);
+        rig.block.update_rate_limiter(None, ops(0, 0));
+        rig.handle_event().unwrap();
+        rig.block.quiesce().unwrap();
+        done += rig.driver.queues[0].used().len();
+        assert_eq!(done, 1 + COUNT);
+    }
+}
+
 #[test]
 fn a_reset_does_not_forget_what_was_used_up() {
     let mut options = Options::new(EngineKind::Sync);

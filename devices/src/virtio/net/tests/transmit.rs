@@ -224,6 +224,26 @@ fn the_rate_limiter_delays_and_loses_nothing() {
     assert_eq!(bench.driver.queues[TX].used().len(), 3);
 }
 
+/// A limit that is lifted when more waits than one turn does: the turns after it are for the same event.
+#[test]
+fn all_that_waited_is_sent_when_a_limit_is_lifted() {
+    let mut bench = Bench::with(VERSION_1, 256, Default::default(), only(1));
+    let large = bench.driver.readable(&with_header(&frame(65_000, 1)));
+    let turn = (BYTES_PER_TURN as usize).div_ceil(65_000);
+    for _ in 0..1 + 2 * turn {
+        bench.driver.queues[TX].offer(&[large]);
+    }
+    assert_eq!(bench.kick(TX), Progress::Done);
+    assert_eq!(bench.sent().len(), 1);
+    bench
+        .net
+        .update_rate_limiters(RateLimiterConfig::default(), UNLIMITED);
+    assert_eq!(bench.wait_for_timer(2), Progress::Again);
+    assert_eq!(bench.net.process_source(2).unwrap(), Progress::Again);
+    assert_eq!(bench.net.process_source(2).unwrap(), Progress::Done);
+    assert_eq!(bench.sent().len(), 2 * turn);
+}
+
 #[test]
 fn refused_frames_take_no_tokens() {
     let mut bench = Bench::with(VERSION_1, 256, Default::default(), only(1));
