@@ -9,7 +9,7 @@ use anyhow::Result;
 use super::captured::Captured;
 use super::counts::Counts;
 use crate::cache::Cache;
-use crate::lab::{self, Lab, Place, Streams};
+use crate::lab::{self, Lab, LabError, Place, Streams};
 use crate::progress::Progress;
 
 /// A boot with everything in it takes no longer than this on two cores.
@@ -22,8 +22,8 @@ const END: &str = "lab-test: end ";
 /// A test program by name.
 pub type Program = (String, PathBuf);
 
-/// Runs `programs` in `folder` and returns their counts. A program during which the lab ends counts as failed, and the ones after
-/// it get another lab.
+/// Runs `programs` in `folder` and returns their counts. The program during which a lab ends or takes too long counts as failed,
+/// and those after it get another lab.
 pub fn run(
     programs: &[Program],
     folder: &Path,
@@ -31,9 +31,7 @@ pub fn run(
     patience: Duration,
 ) -> Result<Counts> {
     let cache = Cache::open()?;
-    let mut counts = Counts::default();
-    let mut left = programs;
-    while !left.is_empty() {
+    run_by(programs, |left| {
         let output = Captured::shown();
         let lab = Lab {
             command: command(left),
@@ -51,19 +49,41 @@ pub fn run(
             output: Box::new(output.clone()),
             error: lab::stderr()?,
         };
-        let result = lab.run(&cache, &Progress::new(), streams);
-        let log = read_log(&output.text());
+        let ended = lab.run(&cache, &Progress::new(), streams).map(drop);
+        Ok((output.text(), ended))
+    })
+}
+
+/// Runs `programs` by `in_lab`, which runs as many as it can and returns what they wrote and how the lab ended.
+///
+/// If the lab's machine ended itself, by a panic of its kernel or a fault of QEMU, the program at that time runs once more and
+/// fails if that ends as well: QEMU was seen to end so with programs that had passed hundreds of times.
+fn run_by(
+    programs: &[Program],
+    mut in_lab: impl FnMut(&[Program]) -> Result<(String, Result<(), LabError>)>,
+) -> Result<Counts> {
+    let mut counts = Counts::default();
+    let mut left = programs;
+    let mut again = None;
+    while !left.is_empty() {
+        let (output, ended) = in_lab(left)?;
+        let log = read_log(&output);
         counts += log.counts;
-        if let Err(error) = result {
+        left = left.get(log.ended..).unwrap_or_default();
+        if let Err(error) = &ended {
             eprintln!("{error}");
-        } else if log.ended == left.len() {
-            break;
         }
-        // The one that was running, or that never came to run, has failed.
+        let Some(((lost, _), rest)) = left.split_first() else {
+            break;
+        };
+        if matches!(ended, Err(LabError::Crashed { .. })) && again != Some(lost) {
+            again = Some(lost);
+            eprintln!("THE LAB ITSELF ENDED during {lost}, which runs once more in another");
+            continue;
+        }
         counts += Counts::one(false);
-        let lost = left.get(log.ended).map_or("", |(name, _)| name);
         eprintln!("{lost} did not end");
-        left = left.get(log.ended + 1..).unwrap_or_default();
+        left = rest;
     }
     Ok(counts)
 }
@@ -121,6 +141,50 @@ mod tests {
         assert_eq!(log.ended, 2);
         // `false` failed without saying which test did.
         assert_eq!(log.counts, Counts::one(false));
+    }
+
+    /// Three programs, in labs that end in turn as `ends` says: after so many programs, by a crash or a time-out.
+    fn labs(ends: &[(usize, bool)]) -> (Counts, Vec<usize>) {
+        let programs: Vec<Program> = ["a", "b", "c"]
+            .map(|name| (name.to_owned(), name.into()))
+            .into();
+        let (mut ends, mut begun) = (ends.iter(), Vec::new());
+        let counts = run_by(&programs, |left| {
+            begun.push(left.len());
+            let console = String::new();
+            let (passing, ended) = match ends.next() {
+                None => (left.len(), Ok(())),
+                Some((passing, true)) => {
+                    let messages = String::new();
+                    (*passing, Err(LabError::Crashed { console, messages }))
+                }
+                Some((passing, false)) => {
+                    let limit = Duration::from_secs(1);
+                    (*passing, Err(LabError::TimedOut { limit, console }))
+                }
+            };
+            let one = "lab-test: begin x\ntest result: ok. 1 passed; 0 failed; 0 ignored\nlab-test: end 0\n";
+            Ok((one.repeat(passing), ended))
+        });
+        (counts.unwrap(), begun)
+    }
+
+    #[test]
+    fn a_program_runs_again_after_the_lab_has_ended_itself_but_once() {
+        let counts = |passed, failed| Counts {
+            passed,
+            failed,
+            skipped: 0,
+        };
+        assert_eq!(labs(&[]), (counts(3, 0), vec![3]));
+        assert_eq!(labs(&[(1, true)]), (counts(3, 0), vec![3, 2]));
+        // Each may.
+        let twice = [(0, true), (1, true)];
+        assert_eq!(labs(&twice), (counts(3, 0), vec![3, 3, 2]));
+        let same = [(1, true), (0, true)];
+        assert_eq!(labs(&same), (counts(2, 1), vec![3, 2, 1]));
+        // One that takes too long does not.
+        assert_eq!(labs(&[(1, false)]), (counts(2, 1), vec![3, 1]));
     }
 
     #[test]

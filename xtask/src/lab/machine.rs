@@ -22,6 +22,10 @@ const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
 const COMMAND_LINE: &str = "console=ttyS0 quiet reboot=k panic=-1 mitigations=off tsc=reliable \
                             no_timer_check lpj=5200000 cryptomgr.notests";
 
+/// A lab whose kernel stands still for a minute panics, with what each processor was at, rather than to go on until somebody
+/// ends it. A command in it cannot do that; QEMU was seen to, about once in two hundred labs.
+const STANDSTILL: &str = "softlockup_panic=1 watchdog_thresh=30 panic_print=0x40";
+
 /// Processors that no program runs on, and with it no guest: the first. Whenever any other loads the state of its x87 unit, as
 /// at every change of task, QEMU clears a flag of the first one (`cpu_clear_ignne`) in a word that also says whether it is
 /// in a guest and takes interrupts, without a lock. An entry or an exit of a guest at that moment is half undone: guests end
@@ -221,7 +225,7 @@ impl Machine<'_> {
             " nokaslr".to_owned()
         } else {
             let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-            format!(" {FIRST_ALONE}{}", clock(&cpuinfo))
+            format!(" {FIRST_ALONE} {STANDSTILL}{}", clock(&cpuinfo))
         };
         args.option("-append", format!("{COMMAND_LINE}{more}"));
 
