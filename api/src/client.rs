@@ -83,6 +83,12 @@ impl Client {
         path: &str,
         body: &str,
     ) -> Result<(u16, String), ClientError> {
+        self.send(method, path, body)?;
+        self.reply()
+    }
+
+    /// Sends a request, with a body unless it is empty. Its reply is to be waited for: [`Client::reply`].
+    pub fn send(&mut self, method: &str, path: &str, body: &str) -> io::Result<()> {
         let mut request = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n");
         if !body.is_empty() {
             request.push_str("Content-Type: application/json\r\n");
@@ -90,8 +96,7 @@ impl Client {
         }
         request.push_str("\r\n");
         request.push_str(body);
-        self.stream.write_all(request.as_bytes())?;
-        self.reply()
+        self.stream.write_all(request.as_bytes())
     }
 
     /// Waits for the next reply, passing over interim ones. Returns the status and the body.
