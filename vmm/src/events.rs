@@ -137,11 +137,8 @@ impl DeviceEvents {
         if self.interrupt.is_broken() {
             return;
         }
-        let result = {
-            let mut device = lock(&self.device);
-            perform(&mut *device, work)
-        };
-        match result {
+        let mut device = lock(&self.device);
+        match perform(&mut *device, work) {
             Ok(Progress::Done) => {}
             Ok(Progress::Again) => {
                 if !self.unfinished.contains(&work) {
@@ -151,8 +148,10 @@ impl DeviceEvents {
                 drop(self.again.write(1));
             }
             Err(error) => {
-                guest_warn!("device {}: {error}; it needs a reset", self.id);
+                // Before a reset can come in between: what went wrong is not the business of the driver after that.
                 self.interrupt.needs_reset();
+                drop(device);
+                guest_warn!("device {}: {error}; it needs a reset", self.id);
             }
         }
     }
@@ -193,3 +192,6 @@ impl MutEventSubscriber for DeviceEvents {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

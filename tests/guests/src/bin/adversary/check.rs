@@ -36,13 +36,17 @@ fn drive(device: Mmio, burst: u64) -> Result<(), &'static str> {
     let data = block.data(0);
     if !read_only {
         write_pattern(data, seed, sector);
-        if block.do_one(Operation::Write, sector, SIZE) != Some(0) {
-            return Err("a write fails");
+        match block.do_one(Operation::Write, sector, SIZE) {
+            Some(0) => {}
+            Some(_) => return Err("a write fails"),
+            None => return Err("a write is not answered"),
         }
     }
     data.fill(0);
-    if block.do_one(Operation::Read, sector, SIZE) != Some(0) {
-        return Err("a read fails");
+    match block.do_one(Operation::Read, sector, SIZE) {
+        Some(0) => {}
+        Some(_) => return Err("a read fails"),
+        None => return Err("a read is not answered"),
     }
     if differences(data, seed, sector) != 0 {
         return Err("a read gives other data than was written");

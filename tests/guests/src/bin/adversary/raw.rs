@@ -202,6 +202,19 @@ impl Raw {
         self.device.write(register::QUEUE_NOTIFY, index as u32);
     }
 
+    /// Starts the device, and offers more than its first queue has places for: it asks for a reset, in a moment.
+    pub fn spoil(&mut self, random: &mut Random) {
+        self.start(random);
+        let queue = self.queue(0);
+        queue.index = queue.index.wrapping_add(queue.size).wrapping_add(1);
+        self.publish(0);
+        let moment = Deadline::after(GLANCE);
+        while self.device.status() & status::NEEDS_RESET == 0 && !moment.is_over() {
+            pause();
+        }
+        self.active = false;
+    }
+
     /// Waits until the device has dealt with all that queue `index` has, or is broken, or `patience` is over. `meanwhile` is done again and again. A broken device is started anew the next time.
     pub fn wait(
         &mut self,

@@ -1,7 +1,7 @@
 //! Registers at every width, in every order and in every state.
 
 use guest::random::Random;
-use guest::virtio::mmio::{Mmio, register};
+use guest::virtio::mmio::{Mmio, register, status};
 
 use crate::raw::Raw;
 use crate::sandbox::{EDGE, Sandbox};
@@ -26,13 +26,18 @@ const WRITTEN: [u64; 17] = [
     register::CONFIG + 8,
 ];
 
-/// One round: some steps of a good negotiation, then a dozen accesses of any kind.
+/// One round: some steps of a good negotiation, or of one that went wrong, then a dozen accesses of any kind.
 pub fn attack(raw: &mut Raw, sandbox: &Sandbox, random: &mut Random) -> u64 {
     let device = raw.device();
-    match random.below(6) {
-        0 => device.write(register::STATUS, 0),
-        1 | 2 => raw.agree(random),
-        3 | 4 => raw.start(random),
+    match random.below(16) {
+        0..4 => device.write(register::STATUS, 0),
+        4..8 => raw.agree(random),
+        8..13 => raw.start(random),
+        13 if raw.queue_count() > 0 => raw.spoil(random),
+        14 => {
+            raw.start(random);
+            device.write(register::STATUS, device.status() | status::FAILED);
+        }
         _ => {}
     }
     raw.forget();

@@ -20,7 +20,7 @@ pub fn attack(raw: &mut Raw, sandbox: &Sandbox, random: &mut Random) -> u64 {
     let index = random.below(raw.queue_count() as u64) as usize;
     let queue = raw.queue(index);
     let before = queue.index;
-    change_table(queue.table, queue.size, sandbox, random);
+    let indirect = change_table(queue.table, queue.size, sandbox, random);
     let heads = match random.below(8) {
         0 => queue.size,
         1 => queue.size.saturating_add(1),
@@ -49,7 +49,10 @@ pub fn attack(raw: &mut Raw, sandbox: &Sandbox, random: &mut Random) -> u64 {
     }
     raw.publish(index);
     let outcome = raw.wait(index, before, PATIENCE, |queue| {
-        change(queue, sandbox, random)
+        change(queue, sandbox, random);
+        if let Some(table) = indirect {
+            change_entry(table, sandbox, random);
+        }
     });
     if outcome.used == 0 && !outcome.broken {
         // It waits for something, such as a frame. A ring that says otherwise than the device is of no more use.
@@ -59,44 +62,57 @@ pub fn attack(raw: &mut Raw, sandbox: &Sandbox, random: &mut Random) -> u64 {
     outcome.cases()
 }
 
-/// Writes nonsense into a part of the table; what was there before is no better.
-fn change_table(table: Region, size: u16, sandbox: &Sandbox, random: &mut Random) {
+/// Writes nonsense into a part of the table; what was there before is no better. Returns one of the indirect tables that it
+/// leads to now.
+fn change_table(
+    table: Region,
+    size: u16,
+    sandbox: &Sandbox,
+    random: &mut Random,
+) -> Option<Region> {
+    let mut found = None;
     for _ in 0..size.min(32) {
         let index = random.below(u64::from(size)) as u16;
-        let mut descriptor = sandbox.descriptor(random, size);
+        let mut descriptor = sandbox.shifting(random, size);
         if descriptor.flags & INDIRECT != 0 && !random.once_in(4) {
-            descriptor = indirect(descriptor, sandbox, random);
+            let (of_table, table) = indirect(descriptor, sandbox, random);
+            descriptor = of_table;
+            found = Some(table);
         }
         descriptor.store(table, index);
     }
+    found
 }
 
-/// A descriptor of a table of more nonsense.
-fn indirect(descriptor: Descriptor, sandbox: &Sandbox, random: &mut Random) -> Descriptor {
+/// A descriptor of a table of more nonsense, and that table.
+fn indirect(
+    descriptor: Descriptor,
+    sandbox: &Sandbox,
+    random: &mut Random,
+) -> (Descriptor, Region) {
     let entries = random.one_of(&[1, 2, 3, 16, 256, 1024]);
     let table = sandbox.some(random, entries * Descriptor::SIZE);
     for index in 0..entries.min(16) as u16 {
-        sandbox
-            .descriptor(random, entries as u16)
-            .store(table, index);
+        sandbox.shifting(random, entries as u16).store(table, index);
     }
     let wrong = if random.once_in(4) {
         random.below(17) as u32
     } else {
         0
     };
-    Descriptor {
+    let descriptor = Descriptor {
         address: table.address(),
         len: (table.len() as u32).wrapping_add(wrong),
         ..descriptor
-    }
+    };
+    (descriptor, table)
 }
 
 /// Writes something else where the device may be reading.
 fn change(queue: &mut RawQueue, sandbox: &Sandbox, random: &mut Random) {
     let index = random.below(u64::from(queue.size)) as u16;
     sandbox
-        .descriptor(random, queue.size)
+        .shifting(random, queue.size)
         .store(queue.table, index);
     if random.once_in(4) {
         let place = random.below(u64::from(queue.size));
@@ -104,6 +120,13 @@ fn change(queue: &mut RawQueue, sandbox: &Sandbox, random: &mut Random) {
             .avail
             .put(4 + place * 2, sandbox.index(random, queue.size));
     }
+}
+
+/// Writes another descriptor into an indirect table, where the device may be reading.
+fn change_entry(table: Region, sandbox: &Sandbox, random: &mut Random) {
+    let entries = table.len() / Descriptor::SIZE;
+    let index = random.below(entries) as u16;
+    sandbox.shifting(random, entries as u16).store(table, index);
 }
 
 /// Reads in pieces, as many as an indirect table can name: work and memory for the device out of all proportion to the
@@ -130,7 +153,12 @@ fn long_chains(raw: &mut Raw, sandbox: &Sandbox, random: &mut Random) -> u64 {
         queue.offer(head);
     }
     raw.publish(0);
-    let outcome = raw.wait(0, before, 10 * PATIENCE, |_| ());
+    let changes = random.once_in(2);
+    let outcome = raw.wait(0, before, 10 * PATIENCE, |_| {
+        if changes {
+            change_entry(table, sandbox, random);
+        }
+    });
     // Whatever is left is over with a reset.
     raw.forget();
     outcome.cases().max(1)

@@ -114,6 +114,21 @@ impl Sandbox {
     /// A descriptor of anything. What is writable lies behind this program and ends in the sandbox or outside of
     /// memory, where a device must not write.
     pub fn descriptor(&self, random: &mut Random, table: u16) -> Descriptor {
+        let descriptor = self.shifting(random, table);
+        if descriptor.flags & WRITE == 0 && random.once_in(8) {
+            // To be read, everything is fair.
+            let address = random.below(self.all.address() + SIZE);
+            return Descriptor {
+                address,
+                ..descriptor
+            };
+        }
+        descriptor
+    }
+
+    /// The same for a table that is changed while the device reads it: it may see the address of one descriptor and the flags of
+    /// another, so no address is fair only to be read.
+    pub fn shifting(&self, random: &mut Random, table: u16) -> Descriptor {
         let mut flags = random.below(8) as u16;
         if random.once_in(4) {
             flags |= NEXT;
@@ -124,13 +139,8 @@ impl Sandbox {
         if random.once_in(64) {
             flags = random.number() as u16;
         }
-        let address = match flags & WRITE == 0 && random.once_in(8) {
-            // To be read, everything is fair.
-            true => random.below(self.all.address() + SIZE),
-            false => self.address(random),
-        };
         Descriptor {
-            address,
+            address: self.address(random),
             len: self.len(random),
             flags,
             next: self.index(random, table),
