@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use lepton_tests::reaper;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::interrupt;
 
@@ -92,9 +91,7 @@ impl Running {
             .spawn()
             .map_err(|error| Failure::because(format!("cannot start {name}: {error}")))?;
         let stdout = child.stdout.take();
-        let pidfd = reaper::watch(child.id())
-            .and_then(|()| Ok(pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?));
-        let pidfd = pidfd.inspect_err(|_| end(&mut child))?;
+        let pidfd = reaper::watch(&child).inspect_err(|_| end(&mut child))?;
         Ok(Self {
             child,
             pidfd,

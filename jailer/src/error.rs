@@ -15,6 +15,30 @@ use crate::root::RootError;
 use crate::tree::ProgramError;
 use crate::user::MapError;
 
+/// Why a pool has no socket.
+#[derive(Debug, thiserror::Error)]
+pub enum PoolSocketError {
+    /// Its folder cannot be opened, or something else stands in its place.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+    /// It cannot be made.
+    #[error("{}", because(.0))]
+    Bind(#[from] BindError),
+}
+
+/// The reason alone: the path that it is about is one of this process's own.
+fn because(error: &BindError) -> String {
+    match error {
+        BindError::Exists(_) => "the path exists already".to_owned(),
+        BindError::Locked(_) => {
+            "the path exists already, and its folder is locked (flock) by another process"
+                .to_owned()
+        }
+        BindError::Path(_) => "not a path a Unix socket can have".to_owned(),
+        BindError::Io { source, .. } => source.to_string(),
+    }
+}
+
 /// Whatever keeps the VMM from running; nothing that was made is left then.
 #[derive(Debug, thiserror::Error)]
 pub enum JailError {
@@ -35,8 +59,13 @@ pub enum JailError {
     #[error("--pool: --id {0}: too long to have a number behind it")]
     PoolId(String),
     /// The pool's socket cannot be made.
-    #[error("--pool {0}")]
-    PoolSocket(#[source] BindError),
+    #[error("--pool {}: {source}", path.display())]
+    PoolSocket {
+        /// As given.
+        path: PathBuf,
+        /// Why not.
+        source: PoolSocketError,
+    },
     /// The pool cannot go on.
     #[error("--pool: {0}")]
     Pool(#[source] io::Error),

@@ -199,14 +199,30 @@ impl Folder {
         if kind != FileType::CharacterDevice || found.st_rdev != device || found.st_nlink != 1 {
             return Err(FolderError::Changed(self.path.join(name)));
         }
-        chownat(
-            &fd,
-            "",
-            Some(owner.uid),
-            Some(owner.gid),
-            AtFlags::EMPTY_PATH,
-        )
-        .map_err(|error| self.refusal(name, "fchownat", error))
+        self.give(name, &fd, owner)
+    }
+
+    /// A path of `name` in it, for calls that take nothing else: as long as this is open, it leads here.
+    pub fn place(&self, name: &OsStr) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.as_raw_fd())).join(name)
+    }
+
+    /// Gives a socket that was just made in it to `owner`. Refused if something else has the name by now.
+    pub fn give_socket(&self, name: &OsStr, owner: Owner) -> Result<(), FolderError> {
+        let fd = self.open_name(name, OFlags::PATH, Mode::empty())?;
+        let found = fstat(&fd).map_err(|error| self.refusal(name, "fstat", error))?;
+        let kind = FileType::from_raw_mode(found.st_mode);
+        // With one name it is no socket of another folder's.
+        if kind != FileType::Socket || found.st_nlink != 1 {
+            return Err(FolderError::Changed(self.path.join(name)));
+        }
+        self.give(name, &fd, owner)
+    }
+
+    fn give(&self, name: &OsStr, fd: &OwnedFd, owner: Owner) -> Result<(), FolderError> {
+        let Owner { uid, gid } = owner;
+        chownat(fd, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH)
+            .map_err(|error| self.refusal(name, "fchownat", error))
     }
 
     /// Gives the folder to `owner`, for it alone.

@@ -187,7 +187,7 @@ fn live_as_child(
     go: OwnedFd,
 ) {
     let prepared = signals.release().and_then(|()| match ends_with_parent {
-        true => user::end_with_parent(),
+        true => user::end_with_parent(&reporter),
         false => Ok(()),
     });
     let error = match prepared {

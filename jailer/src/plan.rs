@@ -1,6 +1,6 @@
 //! All that can be found out before anything is made: what the command line names, opened and checked.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use rustix::process::{getegid, geteuid};
 use crate::cgroup::{Parent, Plan as Cgroups, Wanted};
 use crate::cli::{Cli, DEFAULT_BASE};
 use crate::error::JailError;
-use crate::folder::{Folder, Owner};
+use crate::folder::{Folder, Made, Owner};
 use crate::keeper::Fate;
 use crate::limits::Limit;
 use crate::tree::Program;
@@ -82,11 +82,10 @@ impl Plan {
         }
         let program = Program::open(&cli.exec_file)?;
         let base = match (cli.chroot_base_dir, maker) {
-            (Some(path), _) => path,
-            (None, Maker::Root) => PathBuf::from(DEFAULT_BASE),
+            (Some(path), _) => named_base(path)?,
+            (None, Maker::Root) => named_base(PathBuf::from(DEFAULT_BASE))?,
             (None, Maker::User) => users_base()?,
         };
-        let base = Folder::open(&base).map_err(|error| JailError::Base(error, base))?;
         open_devices(maker, &cli.tap, &mut handed)?;
         let netns = cli.netns.as_deref().map(open_netns).transpose()?;
         let parent = cli.parent_cgroup;
@@ -136,12 +135,20 @@ fn owner(maker: Maker, uid: Option<Uid>, gid: Option<Gid>) -> Result<Owner, Jail
 }
 
 /// The folder of a user's jails, which is made if it is not there.
-fn users_base() -> Result<PathBuf, JailError> {
+fn users_base() -> Result<Folder, JailError> {
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|path| !path.is_empty());
-    let base = PathBuf::from(runtime.ok_or(JailError::NoBase)?).join("jailer");
-    // If it cannot be made, it cannot be opened either.
-    drop(std::fs::create_dir(&base));
+    let runtime = named_base(PathBuf::from(runtime.ok_or(JailError::NoBase)?))?;
+    let mut made = Made::default();
+    let base = runtime.enter_or_make(OsStr::new("jailer"), 0o755, &mut made);
+    let path = || runtime.path().join("jailer");
+    let base = base.map_err(|error| JailError::Base(error, path()))?;
+    // Other jails of this user's may be in it by now.
+    made.keep();
     Ok(base)
+}
+
+fn named_base(path: PathBuf) -> Result<Folder, JailError> {
+    Folder::open(&path).map_err(|error| JailError::Base(error, path))
 }
 
 const KVM: &str = "--kvm-fd";

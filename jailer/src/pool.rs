@@ -15,18 +15,18 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::exit;
 
 use lepton_hostio::packet::{MAX_FILES, PacketListener, PacketSocket};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::{AtFlags, CWD, chownat};
 use rustix::process::{WaitOptions, setsid, waitpid};
 use rustix::stdio::dup2_stdin;
 
 use crate::cli::{self, Cli};
 use crate::clock::Clock;
 use crate::error::JailError;
+use crate::folder::Folder;
 use crate::jail;
 use crate::keeper::{self, Decision, Fate};
 use crate::plan::{ADOPT, Handed, Plan};
@@ -91,10 +91,17 @@ pub fn run(cli: Cli, handed: Vec<Handed>) -> Result<u8, JailError> {
         return Err(JailError::PoolId(cli.id));
     }
     let plan = Plan::open(cli.clone(), handed)?;
-    let (listener, _file) = PacketListener::bind(&path).map_err(JailError::PoolSocket)?;
-    let (user, group) = (Some(plan.owner.uid), Some(plan.owner.gid));
-    chownat(CWD, &path, user, group, AtFlags::SYMLINK_NOFOLLOW)
-        .map_err(|error| JailError::Pool(error.into()))?;
+    let failed = |source| JailError::PoolSocket {
+        path: path.clone(),
+        source,
+    };
+    // The path is looked up once. From then on it is a name in a folder that is held open.
+    let name = path.file_name().unwrap_or_default();
+    let folder = Folder::open(&folder_of(&path)).map_err(|error| failed(error.into()))?;
+    let bound = PacketListener::bind(&folder.place(name));
+    let (listener, _file) = bound.map_err(|error| failed(error.into()))?;
+    let given = folder.give_socket(name, plan.owner);
+    given.map_err(|error| failed(error.into()))?;
     // Many cannot read the same.
     let null = File::open("/dev/null").map_err(JailError::Null)?;
     dup2_stdin(null).map_err(|error| JailError::Null(error.into()))?;
@@ -119,6 +126,14 @@ pub fn run(cli: Cli, handed: Vec<Handed>) -> Result<u8, JailError> {
         if pool.wait(&listener, &asked)? {
             return Ok(0);
         }
+    }
+}
+
+/// The folder that a path is in.
+fn folder_of(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
+        _ => PathBuf::from("."),
     }
 }
 

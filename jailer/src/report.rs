@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 const READY: u8 = 0;
@@ -28,6 +29,18 @@ impl Reporter {
     pub fn ready(&mut self) {
         // Whoever does not listen any more needs no word.
         drop(self.0.write_all(&[READY]));
+    }
+
+    /// Whether anybody can still read what is said.
+    pub fn is_heard(&self) -> io::Result<bool> {
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let mut polled = [PollFd::new(&self.0, PollFlags::empty())];
+        poll(&mut polled, Some(&now))?;
+        let [polled] = polled;
+        Ok(!polled.revents().contains(PollFlags::ERR))
     }
 
     /// Says why it does not.

@@ -10,6 +10,7 @@ use rustix::process::{
 
 use crate::folder::Owner;
 use crate::process::{HeldSignals, Taken};
+use crate::report::Reporter;
 
 /// Everything that the VMM has of its own. The mount namespace comes later, with the root.
 pub const NAMESPACES: libc::c_int = libc::CLONE_NEWUSER
@@ -42,9 +43,16 @@ pub fn map(owner: Owner) -> Result<(), MapError> {
     Ok(())
 }
 
-/// Lets this process end with its parent.
-pub fn end_with_parent() -> io::Result<()> {
-    set_parent_process_death_signal(Some(Signal::KILL)).map_err(io::Error::from)
+/// Lets this process end with its parent, which reads what is written to `reporter`. Refused if it has ended already.
+///
+/// The kernel sends the signal only to those who have asked for it by then. Its files a process closes before that, so a pipe
+/// tells; the parent's id does not, which is 0 in another PID namespace.
+pub fn end_with_parent(reporter: &Reporter) -> io::Result<()> {
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    match reporter.is_heard()? {
+        true => Ok(()),
+        false => Err(io::ErrorKind::BrokenPipe.into()),
+    }
 }
 
 /// Waits for the VMM's end, hands on what asks for it, and returns the status to end with.
@@ -71,5 +79,21 @@ pub fn attend(vmm: Pid, signals: &HeldSignals) -> u8 {
             Ok(Taken::FromTerminal) => {}
             Err(_) => return 1,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report;
+
+    #[test]
+    fn who_has_no_parent_any_more_does_not_go_on() {
+        let (reporter, outcome) = report::pair().unwrap();
+        end_with_parent(&reporter).unwrap();
+        drop(outcome);
+        assert!(end_with_parent(&reporter).is_err());
+        // This is not the process that is meant.
+        set_parent_process_death_signal(None).unwrap();
     }
 }

@@ -251,10 +251,11 @@ impl Jailed {
     #[track_caller]
     fn new(pid: u32, child: Option<Child>, jail: Jail) -> Self {
         let found = Pid::from_raw(pid.cast_signed()).expect("not 0");
-        reaper::watch(pid).expect("there is a reaper");
+        let pidfd = pidfd_open(found, PidfdFlags::empty()).expect("the VMM runs");
+        reaper::watch_other(&pidfd).expect("there is a reaper");
         Self {
             child,
-            pidfd: pidfd_open(found, PidfdFlags::empty()).expect("the VMM runs"),
+            pidfd,
             pid,
             jail,
         }
@@ -270,7 +271,7 @@ impl Jailed {
     #[track_caller]
     pub fn of_child(jail: Jail) -> Self {
         let mut child = jail.command().spawn().expect("the jailer starts");
-        reaper::watch(child.id()).expect("there is a reaper");
+        reaper::watch(&child).expect("there is a reaper");
         let deadline = Instant::now() + PATIENCE;
         let socket = jail.root().join("run/firecracker.socket");
         // The file with the VMM's process id is complete once the VMM runs.

@@ -2,19 +2,26 @@
 //!
 //! Whoever is killed drops nothing: a VMM under test would run its guest for ever. The kernel's own way
 //! (PR_SET_PDEATHSIG) ends a process with the *thread* that started it, and is forgotten where a jailer becomes another
-//! user. So this program starts itself a second time, in a process group of its own. That process is told of the others,
-//! holds a descriptor of each, and kills those that are left when the pipe to this program closes, however it ended.
+//! user. So this program starts itself a second time, in a process group of its own. That process is handed
+//! a descriptor of each of the others (a process id may be somebody else's by the time that it is read), and kills those that
+//! are left when the connection to this program closes, however it ended.
 
 use std::fs;
-use std::io::{self, BufRead, PipeWriter, Write};
-use std::os::fd::OwnedFd;
+use std::io::{self, BufRead, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tempfile::TempDir;
 
@@ -27,7 +34,7 @@ const VICTIM: &str = "LEPTON_VICTIM";
 /// Whether this program can be the second process.
 static CAN_SERVE: AtomicBool = AtomicBool::new(false);
 /// To the second process, once there is one.
-static PIPE: Mutex<Option<PipeWriter>> = Mutex::new(None);
+static LINK: Mutex<Option<OwnedFd>> = Mutex::new(None);
 
 /// The first thing in `main`. True: this is the second process, all is done, and `main` is to return.
 pub fn serves() -> bool {
@@ -39,47 +46,86 @@ pub fn serves() -> bool {
     asked
 }
 
-/// Lets the process `pid`, which runs, or has ended and was not waited for, end with this program at the latest.
-pub fn watch(pid: u32) -> io::Result<()> {
-    let mut pipe = PIPE.lock().map_err(|_| io::Error::other("a panic"))?;
-    let pipe = match &mut *pipe {
-        Some(pipe) => pipe,
-        none => none.insert(start()?),
-    };
-    pipe.write_all(format!("{pid}\n").as_bytes())
+/// Lets a child, which was not waited for, end with this program at the latest. Returns its descriptor.
+pub fn watch(child: &Child) -> io::Result<OwnedFd> {
+    let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+    watch_other(&pidfd)?;
+    Ok(pidfd)
 }
 
-fn start() -> io::Result<PipeWriter> {
+/// The same, for any process.
+pub fn watch_other(pidfd: &OwnedFd) -> io::Result<()> {
+    let mut link = LINK.lock().map_err(|_| io::Error::other("a panic"))?;
+    let link = match &mut *link {
+        Some(link) => link,
+        none => none.insert(start()?),
+    };
+    let files = [pidfd.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    control.push(SendAncillaryMessage::ScmRights(&files));
+    let bytes = [IoSlice::new(&[0])];
+    rustix::net::sendmsg(&*link, &bytes, &mut control, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+fn start() -> io::Result<OwnedFd> {
     if !CAN_SERVE.load(Ordering::Relaxed) {
         return Err(io::Error::other("main does not ask reaper::serves()"));
     }
-    let (reader, writer) = io::pipe()?;
+    let (near, far) = rustix::net::socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
     // The program's path may be that of another program by now.
     Command::new("/proc/self/exe")
         .env(ROLE, "1")
-        .stdin(reader)
+        .stdin(far)
         // Whoever reads this program's output does not wait for the reaper.
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         // Signals to this program's group are not for it.
         .process_group(0)
         .spawn()?;
-    Ok(writer)
+    Ok(near)
 }
 
 fn serve() {
     let mut held: Vec<OwnedFd> = Vec::new();
-    for line in io::stdin().lock().lines().map_while(Result::ok) {
+    while let Some(pidfds) = next_message() {
         held.retain(|pidfd| !has_ended(pidfd));
-        let pid = line.parse().ok().and_then(Pid::from_raw);
-        let pidfd = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        // Without one it has ended already.
-        held.extend(pidfd);
+        held.extend(pidfds);
     }
     for pidfd in held {
         // It may have ended by now.
         let _ = pidfd_send_signal(pidfd, Signal::KILL);
     }
+}
+
+/// What the next message brings. None: there will be none.
+fn next_message() -> Option<Vec<OwnedFd>> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    loop {
+        let received = rustix::net::recvmsg(
+            io::stdin(),
+            &mut [IoSliceMut::new(&mut [0])],
+            &mut control,
+            RecvFlags::CMSG_CLOEXEC,
+        );
+        match received {
+            Ok(message) if message.bytes > 0 => break,
+            Err(Errno::INTR) => {}
+            Ok(_) | Err(_) => return None,
+        }
+    }
+    let rights = control.drain().filter_map(|part| match part {
+        RecvAncillaryMessage::ScmRights(rights) => Some(rights),
+        _ => None,
+    });
+    Some(rights.flatten().collect())
 }
 
 fn has_ended(pidfd: &OwnedFd) -> bool {

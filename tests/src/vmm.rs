@@ -10,7 +10,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -92,9 +92,7 @@ impl Builder {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap_or_else(|error| panic!("{}: {error}", programs::vmm().display()));
-        reaper::watch(child.id()).expect("there is a reaper");
-        let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())
-            .expect("a child has a descriptor");
+        let pidfd = reaper::watch(&child).expect("there is a reaper");
         Vmm {
             stdout: Capture::of(child.stdout.take().expect("a pipe")),
             stderr: Capture::of(child.stderr.take().expect("a pipe")),

@@ -335,7 +335,7 @@ impl Copy {
         let pid = pid.ok_or_else(|| Failure::because("/clone: a copy's process id is 0"))?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from)?;
         let copy = Copy(pidfd);
-        reaper::watch(child.pid)?;
+        reaper::watch_other(&copy.0)?;
         Ok(copy)
     }
 }

@@ -135,3 +135,36 @@ fn a_folder_is_given_away_alone() {
     let meta = std::fs::metadata(directory.path().join("in")).unwrap();
     assert_eq!(meta.mode() & 0o7777, 0o700);
 }
+
+#[test]
+fn only_a_socket_of_one_name_is_given_away() {
+    let (directory, folder) = opened();
+    let outside = tempfile::tempdir().unwrap();
+    std::fs::write(outside.path().join("file"), "untouched").unwrap();
+    let own = rustix::process::geteuid();
+    let owner = match own.is_root() {
+        true => Uid::from_raw(61_234),
+        false => own,
+    };
+    let owner = Owner {
+        uid: owner,
+        gid: rustix::process::getegid(),
+    };
+    let place = directory.path().join("socket");
+    let refused = || folder.give_socket(name("socket"), owner).unwrap_err();
+    std::fs::hard_link(outside.path().join("file"), &place).unwrap();
+    assert!(matches!(refused(), FolderError::Changed(_)));
+    std::fs::remove_file(&place).unwrap();
+    symlink(outside.path().join("file"), &place).unwrap();
+    assert!(matches!(refused(), FolderError::Symlink(_)));
+    std::fs::remove_file(&place).unwrap();
+    // By the way that the jailer makes it.
+    let _socket = std::os::unix::net::UnixListener::bind(folder.place(name("socket"))).unwrap();
+    std::fs::hard_link(&place, outside.path().join("socket")).unwrap();
+    assert!(matches!(refused(), FolderError::Changed(_)));
+    std::fs::remove_file(outside.path().join("socket")).unwrap();
+    folder.give_socket(name("socket"), owner).unwrap();
+    assert_eq!(std::fs::metadata(&place).unwrap().uid(), owner.uid.as_raw());
+    let file = std::fs::metadata(outside.path().join("file")).unwrap();
+    assert_eq!(file.uid(), own.as_raw());
+}

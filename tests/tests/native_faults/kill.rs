@@ -106,7 +106,7 @@ impl Rounds {
             .stderr(File::create(self.path("errors")).expect("a file"))
             .spawn()
             .expect("the VMM starts");
-        reaper::watch(child.id()).expect("there is a reaper");
+        reaper::watch(&child).expect("there is a reaper");
         child
     }
 

@@ -3,12 +3,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lepton_tests::guest::{Entry, Program};
 use lepton_tests::jail::{Jail, wait_until_gone};
+use lepton_tests::{PATIENCE, reaper};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
+
+use crate::user::{kvm, with_kvm};
 
 /// Rounds of each test; `LEPTON_KILL_ROUNDS` says another number, such as 500.
 fn rounds() -> u64 {
@@ -44,14 +47,19 @@ fn groups(parent: &str) -> Vec<PathBuf> {
 pub fn killed_at_any_moment_it_leaves_nothing_in_the_way() {
     let parent = format!("lepton-test-{}-kill", std::process::id());
     let mut moments = Moments(0x9e37_79b9_7f4a_7c15);
-    let jail = Jail::as_another_user().vmm(["--config-file", "/vm.json"]);
+    // One that nobody has made: it is there as long as somebody has it open.
+    let tap = format!("lk{}", std::process::id());
+    let jail = Jail::as_another_user()
+        .vmm(["--config-file", "/vm.json"])
+        .options(["--tap", &tap]);
     let jail = if Path::new("/sys/fs/cgroup/cpu/tasks").exists() {
         jail.options(["--cgroup", "cpu.shares=20", "--parent-cgroup", &parent])
     } else {
         jail
     };
     let config = json!({ "boot-source": { "kernel_image_path": "/kernel" } }).to_string();
-    let mut reached_guest = 0;
+    let (mut reached_guest, mut had_tap) = (0, 0);
+    let tap = Path::new("/sys/class/net").join(tap);
     for _ in 0..rounds() {
         jail.file("kernel", &Program::tick().elf(Entry::Linux64));
         jail.file("vm.json", config.as_bytes());
@@ -61,15 +69,19 @@ pub fn killed_at_any_moment_it_leaves_nothing_in_the_way() {
             .stderr(Stdio::null())
             .spawn()
             .expect("the jailer starts");
+        reaper::watch(&child).expect("there is a reaper");
         // The moment is what is tested: nothing is waited for.
         std::thread::sleep(moments.next_below(Duration::from_millis(150)));
         if jail.root().join("run/firecracker.socket").exists() {
             reached_guest += 1;
         }
+        had_tap += u64::from(tap.exists());
         kill_process(Pid::from_child(&child), Signal::KILL).expect("it is our child");
         drop(child.wait());
         let here = fs::read_to_string("/proc/self/mounts").expect("mounts");
         assert!(!here.contains("lepton-jail-"), "a mount is left:\n{here}");
+        // The keeper may be about to close what it has of the jailer's.
+        wait_until_gone(&tap);
         // As the documentation has it: once the folder is gone, the id is free.
         let folder = jail.root();
         let folder = folder.parent().expect("the id's folder");
@@ -84,8 +96,59 @@ pub fn killed_at_any_moment_it_leaves_nothing_in_the_way() {
     for group in groups(&parent) {
         wait_until_gone(&group);
     }
-    eprintln!("{} rounds, {reached_guest} of them with an API", rounds());
+    eprintln!(
+        "{} rounds, {reached_guest} of them with an API, {had_tap} with a tap",
+        rounds()
+    );
+    assert!(had_tap > 0, "no round had a tap");
     drop(fs::remove_dir(
         Path::new("/sys/fs/cgroup/cpu").join(&parent),
     ));
+}
+
+/// Whether a process has this word on its command line.
+fn is_somewhere(word: &str) -> bool {
+    let processes = fs::read_dir("/proc").expect("processes").flatten();
+    let lines = processes.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());
+    let mut words = lines.flat_map(|line| {
+        let words = line.split(|byte| *byte == 0).map(<[u8]>::to_vec);
+        words.collect::<Vec<_>>()
+    });
+    words.any(|found| found == word.as_bytes())
+}
+
+/// The same for a jailer that is not root, whose VMM is a child in namespaces of its own.
+pub fn without_root_killed_at_any_moment_nobody_stays() {
+    let kvm = kvm();
+    let mut moments = Moments(0x2545_f491_4f6c_dd1d);
+    let id = format!("kill-{}", std::process::id());
+    let jail = with_kvm(&kvm).id(&id).vmm(["--config-file", "/vm.json"]);
+    let config = json!({ "boot-source": { "kernel_image_path": "/kernel" } }).to_string();
+    let mut reached_guest = 0;
+    for _ in 0..rounds() {
+        jail.file("kernel", &Program::tick().elf(Entry::Linux64));
+        jail.file("vm.json", config.as_bytes());
+        let mut command = jail.command();
+        let mut child = command
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the jailer starts");
+        reaper::watch(&child).expect("there is a reaper");
+        // The moment is what is tested: nothing is waited for.
+        std::thread::sleep(moments.next_below(Duration::from_millis(150)));
+        reached_guest += u64::from(jail.root().join("run/firecracker.socket").exists());
+        kill_process(Pid::from_child(&child), Signal::KILL).expect("it is our child");
+        drop(child.wait());
+        let deadline = Instant::now() + PATIENCE;
+        while is_somewhere(&id) {
+            assert!(Instant::now() < deadline, "a process of {id} goes on");
+        }
+        let here = fs::read_to_string("/proc/self/mounts").expect("mounts");
+        assert!(!here.contains("lepton-jail-"), "a mount is left:\n{here}");
+        let folder = jail.root();
+        let folder = folder.parent().expect("the id's folder");
+        fs::remove_dir_all(folder).expect("the folder was made");
+    }
+    eprintln!("{} rounds, {reached_guest} of them with an API", rounds());
 }

@@ -6,6 +6,7 @@ mod kill;
 mod pool;
 mod refused;
 mod root;
+mod traced;
 mod user;
 
 use std::process::ExitCode;
@@ -20,6 +21,7 @@ use kill::*;
 use pool::*;
 use refused::*;
 use root::*;
+use traced::*;
 use user::*;
 
 fn main() -> ExitCode {
@@ -61,6 +63,9 @@ fn main() -> ExitCode {
             test!(without_root_copies_come_from_a_pool_of_jails)
                 .needs(Need::Root)
                 .needs(Need::Kvm),
+            test!(copies_with_process_ids_of_their_own_come_from_a_pool)
+                .needs(Need::Root)
+                .needs(Need::Kvm),
             test!(what_a_pool_is_asked_for_is_checked)
                 .needs(Need::Root)
                 .needs(Need::Kvm),
@@ -90,6 +95,12 @@ fn main() -> ExitCode {
             test!(killed_at_any_moment_it_leaves_nothing_in_the_way)
                 .needs(Need::Root)
                 .needs(Need::Kvm),
+            test!(without_root_killed_at_any_moment_nobody_stays)
+                .needs(Need::Root)
+                .needs(Need::Kvm),
+            test!(no_path_is_looked_up_twice)
+                .needs(Need::Root)
+                .needs(Need::Program("strace")),
             test!(cve_2026_1386_symlink_in_the_jailers_way).needs(Need::Root),
             test!(cve_2026_1386_hard_link_in_the_programs_place).needs(Need::Root),
             test!(cve_2026_1386_symlink_swapped_in_under_the_jailer).needs(Need::Root),

@@ -33,7 +33,7 @@ impl Pool {
         let jail = jail.id("copy").options(pool).options(options);
         let child = jail.command().stdout(Stdio::null()).spawn();
         let child = child.expect("the jailer starts");
-        reaper::watch(child.id()).expect("there is a reaper");
+        reaper::watch(&child).expect("there is a reaper");
         let pool = Pool { jail, child };
         wait_until("the pool listens", || {
             PacketSocket::connect(&socket).is_ok()
@@ -106,11 +106,11 @@ fn wait_until(what: &str, so: impl Fn() -> bool) {
 
 /// A jailed machine that runs, with the pool's socket in its jail.
 #[track_caller]
-fn parent(jail: Jail, pool: &Pool) -> (Jailed, Api) {
+fn parent(jail: Jail, start: fn(Jail) -> Jailed, pool: &Pool) -> (Jailed, Api) {
     jail.file("console", b"");
     jail.file("log", b"");
     jail.file("kernel", &Program::count().elf(Entry::Pvh));
-    let vmm = Jailed::of_child(jail);
+    let vmm = start(jail);
     let mut api = vmm.api();
     api.put("/logger", &json!({ "log_path": "/log" }));
     api.put("/serial", &json!({ "serial_out_path": "/console" }));
@@ -185,20 +185,27 @@ fn confinement(pid: u32) -> Vec<String> {
 }
 
 pub fn copies_come_from_a_pool_of_jails() {
-    copies_come_from_a_pool(Jail::as_another_user(), Jail::as_another_user());
+    let jail = Jail::as_another_user;
+    copies_come_from_a_pool(jail(), jail(), Jailed::of_child);
+}
+
+/// Their jailers are their parents then, which outlive the start.
+pub fn copies_with_process_ids_of_their_own_come_from_a_pool() {
+    let jail = || Jail::as_another_user().options(["--new-pid-ns"]);
+    copies_come_from_a_pool(jail(), jail(), Jail::detach);
 }
 
 pub fn without_root_copies_come_from_a_pool_of_jails() {
     let kvm = kvm();
-    copies_come_from_a_pool(with_kvm(&kvm), with_kvm(&kvm));
+    copies_come_from_a_pool(with_kvm(&kvm), with_kvm(&kvm), Jailed::of_child);
 }
 
-fn copies_come_from_a_pool(of_pool: Jail, of_parent: Jail) {
+fn copies_come_from_a_pool(of_pool: Jail, of_parent: Jail, start: fn(Jail) -> Jailed) {
     let mut pool = Pool::new(of_pool, &["--pool-size", "3"]);
     let socket = fs::metadata(pool.socket()).expect("a socket");
     assert_eq!((socket.uid(), socket.gid()), (UID, GID));
     assert_eq!(socket.permissions().mode() & 0o777, 0o600);
-    let (vmm, mut api) = parent(of_parent, &pool);
+    let (vmm, mut api) = parent(of_parent, start, &pool);
     let first = clone(&mut api, 3);
     for id in &first {
         let pid = pool.pid(id).expect("it runs").as_raw_nonzero().get();
@@ -239,7 +246,8 @@ fn copies_come_from_a_pool(of_pool: Jail, of_parent: Jail) {
 
 pub fn what_a_pool_is_asked_for_is_checked() {
     let pool = Pool::new(Jail::as_another_user(), &["--pool-size", "1"]);
-    let (_vmm, mut api) = parent(Jail::as_another_user().id("vm-1"), &pool);
+    let jail = Jail::as_another_user().id("vm-1");
+    let (_vmm, mut api) = parent(jail, Jailed::of_child, &pool);
     for (bad, reason) in [
         (json!({ "children": [{}] }), "each child needs one"),
         (
@@ -273,12 +281,14 @@ pub fn what_a_pool_is_asked_for_is_checked() {
 }
 
 pub fn a_pool_that_is_killed_leaves_nothing() {
-    let options = ["--pool-size", "2", "--pool-refill", "1"];
-    let mut pool = Pool::new(Jail::as_another_user(), &options);
-    // Once they are ready, and one of them is in somebody's hands.
-    let (_link, _taken) = take(&pool, 1);
-    pool.end(Signal::KILL);
-    wait_until("no jail stays", || pool.ids().is_empty());
+    for more in [&[][..], &["--new-pid-ns"]] {
+        let options = ["--pool-size", "2", "--pool-refill", "1"];
+        let mut pool = Pool::new(Jail::as_another_user(), &[&options, more].concat());
+        // Once they are ready, and one of them is in somebody's hands.
+        let (_link, _taken) = take(&pool, 1);
+        pool.end(Signal::KILL);
+        wait_until("no jail stays", || pool.ids().is_empty());
+    }
 }
 
 pub fn a_pool_that_cannot_start_says_why() {
