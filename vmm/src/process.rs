@@ -5,8 +5,11 @@
 //! twentieth of the time until the API answers.
 #![allow(unsafe_code)] // a signal's disposition, mallopt, and madvise on the program's own mapping
 
+use std::ffi::CString;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -14,6 +17,7 @@ use lepton_devices::dirty::PAGE;
 use lepton_hostio::scheduler::ask_for_short_slices;
 use lepton_hostio::streams;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+use rustix::thread::set_name;
 use vmm_sys_util::timerfd::TimerFd;
 
 /// How long a machine that came from elsewhere runs before the code that made it is let go. Its vCPUs need code on their way
@@ -28,12 +32,24 @@ pub fn start() {
     // No core dump, and no other process of the same user attaches to this one or reads its memory and files in /proc.
     // It fails only for a value that the kernel does not know.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    name_after_program();
     // One heap for all threads. glibc would give each an arena of its own: four system calls and some pages at each
     // thread's start, for threads that hardly allocate.
     // SAFETY: mallopt sets a number; no other thread exists yet.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     // A guest or a client waits for whatever any thread does, but a vCPU's.
     ask_for_short_slices();
+}
+
+/// Gives the first thread, and with it the process, the name of the program. A jailer runs it by a descriptor, and kernels
+/// before 6.14 then call it by that descriptor's number.
+fn name_after_program() {
+    let name = std::env::args_os().next().map(PathBuf::from);
+    let name = name.as_deref().and_then(Path::file_name);
+    if let Some(Ok(name)) = name.map(|name| CString::new(name.as_bytes())) {
+        // The kernel keeps 15 bytes of it. Under another name it works as well.
+        let _ = set_name(&name);
+    }
 }
 
 /// Gives back the memory of the program's code and constants, once a machine runs. Nearly all of it was needed to get
