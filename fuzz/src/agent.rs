@@ -9,6 +9,7 @@ use lepton_agent::protocol as proto;
 use lepton_agent::ready::Ready;
 use lepton_agent::service::request::Exec as ParsedExec;
 use lepton_agent::service::user::resolve;
+use lepton_identity::{Answer, Identity, MAX_ANSWER};
 use protobuf::Message;
 
 /// ttrpc: the length of what follows, the stream, the type, flags.
@@ -120,6 +121,27 @@ pub fn client(data: &[u8]) {
     }
     drop(client);
     peer.join().expect("the peer");
+}
+
+/// Who a copy is told to be, and what its guest answers. What is taken is what is told, and shows on one line of a log.
+pub fn identity(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else {
+        return;
+    };
+    if let Ok(identity) = text.parse::<Identity>() {
+        let told = identity.to_string();
+        assert!(Identity::is_whole(told.as_bytes()));
+        assert_eq!(told.parse(), Ok(identity));
+    }
+    match text.parse::<Answer>() {
+        Ok(answer) => {
+            let told = answer.to_string();
+            assert!(told.len() <= MAX_ANSWER);
+            assert_eq!(told.matches(char::is_control).count(), 1, "{told:?}");
+            assert_eq!(told.parse(), Ok(answer));
+        }
+        Err(error) => assert!(!error.to_string().contains(char::is_control)),
+    }
 }
 
 fn frame(to: &mut Vec<u8>, stream: u32, kind: u8, flags: u8, body: &[u8]) {

@@ -27,7 +27,7 @@ pub struct Target {
 }
 
 /// All of them, as `targets.txt` lists them.
-pub const TARGETS: [Target; 19] = [
+pub const TARGETS: [Target; 20] = [
     target("http", api::http),
     target("body", api::body),
     target("config-file", api::config_file),
@@ -46,6 +46,7 @@ pub const TARGETS: [Target; 19] = [
     target("clone-message", clone::clone_message),
     target("agent-service", agent::service),
     target("agent-client", agent::client),
+    target("identity", agent::identity),
     target("seccomp", seccomp::seccomp),
 ];
 

@@ -12,7 +12,9 @@ use lepton_tests::guest::{Entry, Program};
 use lepton_tests::origin::{Origin, running, running_in};
 use lepton_tests::suite::{self, Need, Order};
 use lepton_tests::vmm::Builder;
-use lepton_tests::{Api, Ended, PATIENCE, Vmm, programs, test};
+use lepton_tests::{Api, Ended, PATIENCE, Vmm, programs, reaper, test};
+use rustix::io::Errno;
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -30,6 +32,7 @@ fn main() -> ExitCode {
                 .needs(Need::Landlock)
                 .of_every_origin(),
             test!(without_a_word_every_place_is_allowed).of_every_origin(),
+            test!(a_kernel_without_landlock_is_told_of),
             test!(a_start_that_fails_gives_nothing_up),
             test!(a_forbidden_call_of_the_event_loop_ends_the_vmm),
             test!(a_forbidden_call_of_a_vcpu_ends_the_vmm),
@@ -243,8 +246,49 @@ fn files_outside_are_out_of_reach_once_the_guest_runs() {
         }
     }
     let socket = vmm.directory().join("api.sock");
-    vmm.terminate();
+    let ended = vmm.terminate();
     assert!(!socket.exists());
+    assert!(!ended.text().contains(NO_LANDLOCK), "{}", ended.text());
+}
+
+/// What a VMM logs that cannot give files up.
+const NO_LANDLOCK: &str = "there is no Landlock";
+
+/// Lets the kernel have no Landlock from now on, for this thread and what it starts: with an error of one that was built
+/// without it, or of one that was started without it.
+fn take_landlock_away(error: Errno) {
+    // x86-64.
+    const LANDLOCK_CREATE_RULESET: i64 = 444;
+    let filter = SeccompFilter::new(
+        [(LANDLOCK_CREATE_RULESET, Vec::new())].into(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(error.raw_os_error().cast_unsigned()),
+        TargetArch::x86_64,
+    );
+    let program: BpfProgram = filter
+        .and_then(TryInto::try_into)
+        .expect("a filter of one call");
+    seccompiler::apply_filter(&program).expect("anybody may have fewer calls");
+}
+
+/// The machine runs, all files stay in reach, and the log says so.
+fn a_kernel_without_landlock_is_told_of() {
+    for error in [Errno::NOSYS, Errno::OPNOTSUPP] {
+        let run = move || {
+            take_landlock_away(error);
+            let (builder, other) = with_drive();
+            let own = builder.directory().join("own");
+            fs::create_dir(&own).expect("a folder");
+            let allowed = ["--allow-path".into(), own.into_os_string()];
+            let (vmm, mut api) = configured(builder.arguments(allowed));
+            vmm.stdout.wait_for(NO_LANDLOCK);
+            api.patch("/drives/data", &image(&other.path().join("next.img")));
+            assert_eq!(api.state(), "Running");
+            vmm.terminate();
+        };
+        let done = std::thread::spawn(run).join();
+        assert!(done.is_ok(), "{error}");
+    }
 }
 
 fn without_a_word_every_place_is_allowed() {
@@ -464,6 +508,7 @@ fn others_of_the_same_user_cannot_look_into_it() {
             started => break started.expect("the VMM starts"),
         }
     };
+    reaper::watch(&child).expect("there is a reaper");
     while std::os::unix::net::UnixStream::connect(&socket).is_err() {
         assert!(Instant::now() < deadline, "the API does not listen");
     }

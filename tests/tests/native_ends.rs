@@ -33,6 +33,7 @@ fn main() -> ExitCode {
             test!(a_replaced_vsock_leaves_no_socket),
             test!(clients_that_leave_in_the_middle),
             test!(many_clients_at_once),
+            test!(a_client_that_sends_byte_by_byte_is_served_and_holds_nobody_up),
             test!(a_socket_removed_by_others_is_no_failure),
             test!(a_new_file_in_the_sockets_place_survives_the_end),
         ],
@@ -310,6 +311,29 @@ fn many_clients_at_once() {
         stream.read_to_string(&mut reply).expect("a reply");
         assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
     }
+    vmm.terminate();
+}
+
+/// One byte at a time, as slow as others can be served in between. How slow in seconds makes no difference: nothing in the
+/// server knows the time.
+fn a_client_that_sends_byte_by_byte_is_served_and_holds_nobody_up() {
+    let (vmm, mut api) = Vmm::with_api();
+    let mut slow = UnixStream::connect(vmm.socket()).expect("the API listens");
+    slow.set_read_timeout(Some(PATIENCE)).expect("a socket");
+    let request = "PUT /machine-config HTTP/1.1\r\nContent-Length: 38\r\nConnection: close\r\n\r\n\
+                   {\"vcpu_count\": 3, \"mem_size_mib\": 128}";
+    let (last, rest) = request.as_bytes().split_last().expect("some bytes");
+    for byte in rest {
+        slow.write_all(&[*byte]).expect("the server reads");
+        assert_eq!(api.state(), "Not started");
+    }
+    // Nothing of it is done before it is whole.
+    assert_eq!(api.get("/machine-config")["vcpu_count"], 1);
+    slow.write_all(&[*last]).expect("the server reads");
+    let mut reply = String::new();
+    slow.read_to_string(&mut reply).expect("a reply");
+    assert!(reply.starts_with("HTTP/1.1 204"), "{reply}");
+    assert_eq!(api.get("/machine-config")["vcpu_count"], 3);
     vmm.terminate();
 }
 

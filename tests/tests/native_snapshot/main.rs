@@ -40,6 +40,9 @@ fn main() -> ExitCode {
             test!(differences_make_the_next_snapshot)
                 .needs(Need::Root)
                 .of_every_origin(),
+            test!(differences_behind_the_hole_are_in_their_place)
+                .needs(Need::Root)
+                .needs(Need::File("LEPTON_PROBE")),
             test!(differences_without_a_record_are_all_that_was_touched).of_every_origin(),
             test!(another_process_serves_memory)
                 .needs(Need::Root)
