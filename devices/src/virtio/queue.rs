@@ -306,6 +306,12 @@ impl VirtQueue {
         self.complete_together(&[(head, written)])
     }
 
+    /// Like [`VirtQueue::complete`], but the driver sees it only with a chain that is completed at once, or by
+    /// [`VirtQueue::signal`].
+    pub fn complete_later(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        self.put_used(&[(head, written)])
+    }
+
     /// Like [`VirtQueue::complete_together`], but the driver may see it no earlier than the 15 chains that follow, or
     /// [`VirtQueue::signal`]: each look of the driver at the index takes it from this processor's cache.
     pub fn complete_soon(&mut self, used: &[(u16, u32)]) -> Result<(), QueueError> {

@@ -71,6 +71,25 @@ fn what_is_completed_soon_is_seen_with_the_sixteenth_or_the_signal() {
 }
 
 #[test]
+fn what_is_completed_later_is_seen_with_what_follows_or_the_signal() {
+    let (mut driver, mut queue) = pair_of(32, false);
+    for _ in 0..20 {
+        let head = pass(&mut driver, &mut queue);
+        queue.complete_later(head, 1).unwrap();
+        assert!(driver.queues[0].used().is_empty());
+    }
+    let head = pass(&mut driver, &mut queue);
+    queue.complete(head, 1).unwrap();
+    assert_eq!(driver.queues[0].used().len(), 21);
+    let head = pass(&mut driver, &mut queue);
+    queue.complete_later(head, 7).unwrap();
+    assert_eq!(driver.interrupts(), 0);
+    queue.signal().unwrap();
+    assert_eq!(driver.queues[0].used(), [(head, 7)]);
+    assert_eq!(driver.interrupts(), 1);
+}
+
+#[test]
 fn a_driver_that_comes_back_is_served_in_the_same_pass() {
     let (mut driver, mut queue) = pair(false);
     // As long as the other thread takes.

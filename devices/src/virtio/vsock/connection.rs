@@ -62,6 +62,8 @@ pub struct Turn<'a> {
     pub metrics: &'a VsockMetrics,
     /// For what the host does not take at once.
     pub spare: &'a mut Spare,
+    /// Bytes that the guest may send ahead of the host, at most: [`ReceiveCredit::set_window`].
+    pub window: u32,
 }
 
 /// What a connection has for the guest next.

@@ -73,6 +73,8 @@ impl SendCredit {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReceiveCredit {
     buf_alloc: u32,
+    /// Bytes of the buffer that the guest is to use, see [`ReceiveCredit::set_window`].
+    window: u32,
     received: Wrapping<u32>,
     forwarded: Wrapping<u32>,
     /// `forwarded` as the guest knows it.
@@ -84,6 +86,7 @@ impl ReceiveCredit {
     pub fn new(buf_alloc: u32) -> Self {
         ReceiveCredit {
             buf_alloc,
+            window: buf_alloc,
             received: Wrapping(0),
             forwarded: Wrapping(0),
             told: Wrapping(0),
@@ -111,17 +114,35 @@ impl ReceiveCredit {
         self.forwarded += len;
     }
 
-    /// Whether to tell the guest of new credit now: it thinks that less than half of the buffer is free, and so much more
+    /// Lets the guest use no more than `window` bytes of the buffer from now on, or more again, up to the whole of it: the
+    /// rest is not told as forwarded. What the guest knows already it may use, so a smaller window comes bit by bit.
+    pub fn set_window(&mut self, window: u32) {
+        self.window = window.min(self.buf_alloc);
+    }
+
+    /// What the guest is to know as forwarded.
+    fn tellable(&self) -> Wrapping<u32> {
+        let kept_back = self.buf_alloc - self.window;
+        let tellable = self.forwarded - Wrapping(kept_back);
+        // What was told is not taken back.
+        match (tellable - self.told).0 < 1 << 31 {
+            true => tellable,
+            false => self.told,
+        }
+    }
+
+    /// Whether to tell the guest of new credit now: it thinks that less than half of the window is free, and so much more
     /// is that it need not send in small pieces. What it has sent leaves the buffer in the end, so this comes.
     pub fn update_due(&self) -> bool {
         let thought_used = (self.received - self.told).0;
-        let news = (self.forwarded - self.told).0;
-        thought_used > self.buf_alloc / 2 && news >= self.buf_alloc / 4
+        let thought_free = self.buf_alloc.saturating_sub(thought_used);
+        let news = (self.tellable() - self.told).0;
+        thought_free < self.window.div_ceil(2) && news >= self.window / 4
     }
 
     /// `buf_alloc` and `fwd_cnt` for a packet to the guest, which thereby knows them.
     pub fn tell(&mut self) -> (u32, u32) {
-        self.told = self.forwarded;
-        (self.buf_alloc, self.forwarded.0)
+        self.told = self.tellable();
+        (self.buf_alloc, self.told.0)
     }
 }

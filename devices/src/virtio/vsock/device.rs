@@ -220,6 +220,7 @@ impl Active {
         if self.tx_stopped {
             return Ok(Progress::Done);
         }
+        muxer.begin_pass();
         let stopped = &mut self.tx_stopped;
         let memory = self.tx.memory().clone();
         self.tx.drain(TX_BUDGET, |queue, chain| {
@@ -277,7 +278,9 @@ impl Active {
                 }
                 Some(Rx::Packet(header)) => {
                     write_header(self.rx.memory(), &chain, &header)?;
-                    self.rx.complete(chain.head(), HEADER_LEN as u32)?;
+                    // A driver that saw the first of many credits at once would send while the others are written, and this
+                    // thread would find its packet instead of making way for the hosts.
+                    self.rx.complete_later(chain.head(), HEADER_LEN as u32)?;
                     1
                 }
                 Some(Rx::Data { key, credit }) => {

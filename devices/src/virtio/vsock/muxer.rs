@@ -26,7 +26,10 @@ use super::poller::{BATCH, PORT_ANY, Poller, Readiness, Token};
 use super::{Cid, HOST_CID, VsockMetrics};
 use crate::virtio::device::Progress;
 
+use self::crowd::{Crowd, Pass};
+
 mod alarms;
+mod crowd;
 mod held;
 mod opening;
 
@@ -36,7 +39,7 @@ pub const MAX_CONNECTIONS: usize = 1023;
 /// host that does not read.
 pub const LARGE_BUFFER: u32 = 256 << 10;
 /// Connections that get a [`LARGE_BUFFER`]. What many of them hold would not stay in a processor's cache until the hosts
-/// read it.
+/// read it. Those on which the guest sends at the same time share one: see [`Crowd`].
 pub const LARGE_BUFFERS: usize = 8;
 /// Bytes of receive buffer of all others. Together 66 MiB, and 64 MiB more in chunks that are not full, if every host is
 /// slow and the guest floods all of them.
@@ -69,6 +72,8 @@ struct Slot {
     deadline: Option<Instant>,
     /// Watched for writing.
     writing: bool,
+    /// When the guest sent on it last.
+    sent: Option<Pass>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -98,6 +103,8 @@ pub struct Muxer {
     last_port: u32,
     /// For what hosts do not take at once.
     spare: Spare,
+    /// Those on which the guest sends.
+    crowd: Crowd,
     /// There may be clients to accept.
     accepting: bool,
     /// The guest is to talk to nobody but us.
@@ -137,6 +144,7 @@ impl Muxer {
             deadlines: BTreeSet::new(),
             last_port: FIRST_CLIENT_PORT,
             spare: Spare::default(),
+            crowd: Crowd::default(),
             accepting: true,
             held: false,
             question: None,
@@ -213,6 +221,11 @@ impl Muxer {
         }
     }
 
+    /// Packets of the guest that come together follow, by [`Muxer::on_packet`].
+    pub fn begin_pass(&mut self) {
+        self.crowd.begin_pass();
+    }
+
     /// Takes a packet from the guest. `data` is its data, as long as its header says.
     pub fn on_packet(&mut self, packet: &Header, data: &[VolatileSlice], now: Instant) {
         self.metrics.tx_packets_count.inc();
@@ -231,10 +244,14 @@ impl Muxer {
         }
         match self.connections.get_mut(&key) {
             Some(slot) if !slot.connection.is_over_for_guest() => {
+                if packet.op == Some(Op::Rw) {
+                    self.crowd.note(&mut slot.sent);
+                }
                 let mut turn = Turn {
                     now,
                     metrics: &self.metrics,
                     spare: &mut self.spare,
+                    window: self.crowd.window(),
                 };
                 slot.connection.on_packet(packet, data, &mut turn);
                 if self.asked == Some(key) {
@@ -315,6 +332,7 @@ impl Muxer {
                 now,
                 metrics: &self.metrics,
                 spare: &mut self.spare,
+                window: self.crowd.window(),
             };
             slot.connection.on_host(ready, &mut turn);
             self.sync(key);

@@ -6,6 +6,7 @@ mod hostile;
 mod model;
 mod packets;
 mod sockets;
+mod windows;
 
 use super::*;
 

@@ -102,6 +102,7 @@ impl Rig {
             now: self.now,
             metrics: &self.metrics,
             spare: &mut self.spare,
+            window: BUF,
         };
         (&mut self.connection, turn)
     }

@@ -31,6 +31,12 @@ impl<S: HostStream> Connection<S> {
             // Nobody will read it. The credit is given back, so that the guest gets to see the SHUTDOWN.
             self.receive.forward(self.receive.held());
         }
+        self.look_for_credit(turn);
+    }
+
+    /// Has the guest told of new credit, if that is worth a packet.
+    fn look_for_credit(&mut self, turn: &Turn<'_>) {
+        self.receive.set_window(turn.window);
         self.due.credit_update |= self.receive.update_due();
     }
 
@@ -82,7 +88,7 @@ impl<S: HostStream> Connection<S> {
                 }
             }
         }
-        self.due.credit_update |= self.receive.update_due();
+        self.look_for_credit(turn);
         self.settle(now);
     }
 

@@ -112,6 +112,7 @@ impl Muxer {
             queued: false,
             deadline: None,
             writing: false,
+            sent: None,
         };
         self.connections.insert(key, slot);
         self.metrics.conns_added.inc();

@@ -70,11 +70,13 @@ proptest! {
     }
 
     #[test]
-    fn credit_from_the_guest(steps in proptest::collection::vec((0u32..=1 << 20, 0u32..=1 << 20, any::<bool>()), 1..60)) {
+    fn credit_from_the_guest(steps in proptest::collection::vec((0u32..=1 << 20, 0u32..=1 << 20, any::<bool>(), 0u32..4), 1..60)) {
         const SIZE: u64 = 1 << 20;
         let mut credit = ReceiveCredit::new(SIZE as u32);
         let (mut received, mut forwarded, mut told) = (0u64, 0u64, 0u64);
-        for (a, b, tell) in steps {
+        for (a, b, tell, window) in steps {
+            let window = SIZE >> (2 * window);
+            credit.set_window(window as u32);
             let room = SIZE - (received - forwarded);
             prop_assert_eq!(credit.receive(a).is_ok(), u64::from(a) <= room);
             if u64::from(a) <= room {
@@ -84,13 +86,18 @@ proptest! {
             credit.forward(out as u32);
             forwarded += out;
             prop_assert_eq!(u64::from(credit.held()), received - forwarded);
-            let is_due = received - told > SIZE / 2 && forwarded - told >= SIZE / 4;
+            let free = SIZE.saturating_sub(received - told);
+            let tellable = forwarded.saturating_sub(SIZE - window).max(told);
+            let is_due = free < window / 2 && tellable - told >= window / 4;
             prop_assert_eq!(credit.update_due(), is_due);
             // A guest without credit hears of some once all it has sent is gone.
-            prop_assert!(is_due || forwarded < received || SIZE - (received - told) > 0);
+            prop_assert!(is_due || forwarded < received || free > 0);
             if tell || credit.update_due() {
-                prop_assert_eq!(credit.tell(), (SIZE as u32, forwarded as u32));
-                told = forwarded;
+                prop_assert_eq!(credit.tell(), (SIZE as u32, tellable as u32));
+                told = tellable;
+                // More than the window only if it was told before.
+                let now_free = SIZE.saturating_sub(received - told);
+                prop_assert!(now_free <= free.max(window - window.min(credit.held().into())));
             }
         }
     }
