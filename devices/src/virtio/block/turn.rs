@@ -189,5 +189,5 @@ fn finish(
     let last = chain.writable.len().saturating_sub(1);
     chain.writable.write_at(memory, last, &[answer.status])?;
     let used = u32::try_from(answer.written.saturating_add(1)).unwrap_or(u32::MAX);
-    queue.complete(chain.head(), used)
+    queue.complete_soon(&[(chain.head(), used)])
 }
