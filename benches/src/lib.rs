@@ -12,6 +12,7 @@ pub mod interrupt;
 pub mod load;
 pub mod machine;
 pub mod measure;
+pub mod pages;
 pub mod process;
 pub mod report;
 pub mod results;

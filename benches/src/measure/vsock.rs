@@ -12,6 +12,7 @@ use crate::catalogue::{FigureKind, higher, lower};
 use crate::guest::Guest;
 use crate::interrupt;
 use crate::machine::Machine;
+use crate::pages::Pages;
 use crate::process::{Failure, Running};
 use crate::side::Side;
 
@@ -130,7 +131,7 @@ fn stream(
         stream.set_nonblocking(true)?;
         streams.push(stream);
     }
-    let mut buffer = vec![0; CHUNK];
+    let mut buffer = Pages::new(CHUNK);
     let event = match from {
         From::Guest => PollFlags::IN,
         From::Host => PollFlags::OUT,
@@ -154,7 +155,7 @@ fn stream(
         let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
         let mut ready = ready.into_iter();
         streams.retain_mut(|stream| {
-            !ready.next().unwrap_or(false) || go_on(stream, from, &mut buffer)
+            !ready.next().unwrap_or(false) || go_on(stream, from, buffer.bytes())
         });
     }
     Ok(())

@@ -15,6 +15,7 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, types::Fixed};
+use lepton_benches::pages::Pages;
 use lepton_hostio::tap::{Offloads, Tap, VNET_HEADER_LEN};
 use rustix::event::{PollFd, PollFlags, poll};
 use vm_memory::VolatileSlice;
@@ -140,13 +141,14 @@ fn drive(words: &Words<'_>, mode: &str, size: usize, path: &str, engine: &str) -
             size,
         );
     }
-    let mut buffer = vec![0; size];
+    let mut buffer = Pages::new(size);
+    let buffer = buffer.bytes();
     let mut tally = Tally::new();
     while tally.goes_on() {
         let place = places.next();
         match mode {
-            "blk_read" => file.read_exact_at(&mut buffer, place)?,
-            _ => file.write_all_at(&buffer, place)?,
+            "blk_read" => file.read_exact_at(buffer, place)?,
+            _ => file.write_all_at(buffer, place)?,
         }
         if mode == "blk_flush" {
             file.sync_data()?;
@@ -159,10 +161,10 @@ fn drive(words: &Words<'_>, mode: &str, size: usize, path: &str, engine: &str) -
 /// The same by io_uring, `depth` requests at a time, with a registered file and registered buffers.
 fn ring(file: &File, places: &mut Places, write: bool, depth: u32, size: usize) -> Outcome<Tally> {
     // The buffers outlive the ring, which is dropped first.
-    let mut buffers: Vec<Vec<u8>> = (0..depth).map(|_| vec![0; size]).collect();
+    let mut buffers: Vec<Pages> = (0..depth).map(|_| Pages::new(size)).collect();
     let pointers: Vec<*mut u8> = buffers
         .iter_mut()
-        .map(|buffer| buffer.as_mut_ptr())
+        .map(|buffer| buffer.bytes().as_mut_ptr())
         .collect();
     let mut ring = IoUring::new(depth.next_power_of_two())?;
     ring.submitter().register_files(&[file.as_raw_fd()])?;
@@ -294,15 +296,16 @@ fn stream(words: &Words<'_>, sends: bool, size: usize, path: &str) -> Outcome<Ta
         streams.push(stream);
     }
     // As much at once as the guest's packets have, or as the other end writes.
-    let mut buffer = vec![0; size.max(1 << 16)];
+    let mut buffer = Pages::new(size.max(1 << 16));
+    let buffer = buffer.bytes();
     let ready_for = if sends { PollFlags::OUT } else { PollFlags::IN };
     let mut tally = Tally::new();
     loop {
         let mut is_idle = true;
         for stream in &mut streams {
             let moved = match sends {
-                true => stream.write(&buffer),
-                false => stream.read(&mut buffer),
+                true => stream.write(buffer),
+                false => stream.read(buffer),
             };
             match moved {
                 Ok(count) => {
