@@ -1,9 +1,7 @@
-//! How soon the scheduler lets a thread run that has something to do, and where.
+//! How soon the scheduler lets a thread run that has something to do.
 #![allow(unsafe_code)] // sched_getattr and sched_setattr, which no crate here has
 
 use std::sync::OnceLock;
-
-use rustix::thread::sched_getaffinity;
 
 /// Nanoseconds (`sched_runtime` of sched_setattr(2) for SCHED_OTHER since Linux 6.12): less than the usual 0.7 to 3 ms, so
 /// that who has it is let in before who has not, and enough for what is to be done then, such as to take in a machine: from who has
@@ -31,12 +29,6 @@ pub fn ask_for_short_slices() {
         // Whoever asked first knows it.
         let _ = ASKED.set(attributes);
     }
-}
-
-/// How many processors the process may use, as its affinity says. As many as can be counted where the kernel has more than
-/// this library's 1024.
-pub fn processors() -> usize {
-    sched_getaffinity(None).map_or(usize::MAX, |set| set.count() as usize)
 }
 
 /// Asks for slices of the usual length again, for a thread that works as long as it may: threads with slices of the same

@@ -13,7 +13,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberOp
 use lepton_api::types::{Logger, MetricsTarget};
 use lepton_api::{Action, Server, StopHandle, config_file};
 use lepton_hostio::listener::{self, BindError, SocketFile};
-use lepton_hostio::scheduler::{ask_for_usual_slices, processors};
+use lepton_hostio::scheduler::ask_for_usual_slices;
 use lepton_hostio::tap::Tap;
 use lepton_vmm::cli::Cli;
 use lepton_vmm::clock::time_on;
@@ -153,7 +153,6 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         }),
         allow_path,
         adopt_memory: cli.adopt_mem_mib,
-        processors: processors(),
         sockets: (cli.adopt.iter().cloned())
             .chain((!cli.no_api).then(|| cli.api_socket().to_owned()))
             .collect(),

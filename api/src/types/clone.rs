@@ -82,7 +82,7 @@ pub struct ClonedChild {
     pub id: String,
     /// Its process id, as it sees it itself.
     pub pid: u32,
-    /// Microseconds from the beginning of the pause until it said that it has the machine.
+    /// Microseconds from the end of the pause until it said that it has the machine.
     pub ready_us: u64,
 }
 

@@ -4,7 +4,6 @@ use std::os::unix::fs::MetadataExt;
 
 use lepton_tests::Vmm;
 use lepton_tests::counting::{check_counts, check_tail, configure, let_run};
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -64,29 +63,6 @@ pub fn who_expects_a_copy_may_boot() {
         heir.api.start();
         let_run(&mut heir.api);
         assert!(check_counts(&heir.vmm.terminate().stdout) > 10);
-    }
-}
-
-/// On a host with as many processors as it has vCPUs.
-pub fn a_machine_goes_on_when_its_only_copy_is_there() {
-    /// What the machine waits at most.
-    const MOST: u64 = 600;
-    let all = sched_getaffinity(None).expect("the processors");
-    let first = (0..CpuSet::MAX_CPU).find(|number| all.is_set(*number));
-    let mut one = CpuSet::new();
-    one.set(first.expect("a processor"));
-    // Of this thread, and of what it starts.
-    sched_setaffinity(None, &one).expect("a processor");
-    let (_vmm, mut api) = parent(128, true);
-    sched_setaffinity(None, &all).expect("the processors");
-    for heir in &mut family(5) {
-        let answer = clone(&mut api, &request(&[heir.child()]));
-        let pause = answer["pause_us"].as_u64().expect("a time");
-        let ready = answer["children"][0]["ready_us"].as_u64();
-        assert!(pause >= ready.expect("a time").min(MOST), "{answer}");
-        let_run(&mut api);
-        let_run(&mut heir.api);
-        heir.api.reach("Paused");
     }
 }
 

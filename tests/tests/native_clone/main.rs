@@ -32,7 +32,6 @@ fn main() -> ExitCode {
             test!(a_copy_goes_on_where_the_machine_was),
             test!(who_expects_a_size_takes_any),
             test!(who_expects_a_copy_may_boot),
-            test!(a_machine_goes_on_when_its_only_copy_is_there),
             test!(twenty_copies_of_a_machine_that_runs),
             test!(a_machine_is_cloned_again_and_again),
             test!(copies_of_copies),

@@ -1,10 +1,8 @@
 //! The side that has the machine.
 
-use std::convert::Infallible;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::{Duration, Instant};
 
 use lepton_api::types::{Cloned, ClonedChild};
@@ -13,7 +11,7 @@ use lepton_snapshot::codec::{self, CodecError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::drives::Drives;
-use super::heirs::{Gathered, Heir, MAX_CHILDREN};
+use super::heirs::{Heir, Heirs, MAX_CHILDREN};
 use super::message::{Answer, GO, MAX_MESSAGE, MORE, Machine, Offer, VERSION};
 use crate::config::devices::DeviceConfigError;
 use crate::config::devices::sharing::SharedDrive;
@@ -87,22 +85,22 @@ pub enum CloneError {
     Silent { child: String, patience: Duration },
 }
 
-/// A machine on its way to those who get a copy. Dropped, there are no copies.
+/// A machine on its way to those who get a copy. The machine itself goes on. Dropped, there are no copies.
 pub struct HandOver {
+    /// Who gets it.
+    pub heirs: Heirs,
     /// All but its memory and its drives.
     pub state: MachineState,
     /// Its memory.
     pub memory: Frozen,
     /// Its drives.
     pub drives: Vec<SharedDrive>,
+    /// For how long it stood still.
+    pub pause: Duration,
+    /// When that ended.
+    pub resumed: Instant,
     /// Whether it keeps a record of written pages.
     pub track_dirty_pages: bool,
-    /// Since when it stands still.
-    pub since: Instant,
-    /// Dropped when the copies have the machine, or will not have it. It may wait for that before it goes on.
-    pub under_way: SyncSender<Infallible>,
-    /// For how long it stood still, when it goes on.
-    pub pause: Receiver<Duration>,
 }
 
 /// What came of it.
@@ -116,15 +114,15 @@ pub struct Finished {
 impl HandOver {
     /// Gives all of them the machine, waits until they have it, and lets them run, or none. Takes a while, and gives up
     /// the files of this thread: for a thread of its own.
-    pub fn finish(self, heirs: Gathered) -> Finished {
+    pub fn finish(self) -> Finished {
         let HandOver {
+            heirs,
             state,
             memory: Frozen { base, leftovers },
             drives,
-            track_dirty_pages,
-            since,
-            under_way,
             pause,
+            resumed,
+            track_dirty_pages,
         } = self;
         let machine = Machine {
             state,
@@ -134,15 +132,13 @@ impl HandOver {
         };
         let terms = Terms {
             resume: heirs.resume,
-            alone: heirs.heirs.len() == 1,
+            alone: heirs.count() == 1,
             track_dirty_pages,
             patience: heirs.patience,
-            since,
         };
-        let given = give(heirs, &machine, &base, drives, &terms, under_way);
+        let given = give(heirs, &machine, &base, drives, &terms, resumed);
         let result = given.map(|children| Cloned {
-            // It fails only when the process is ending.
-            pause_us: microseconds(pause.recv().unwrap_or_default()),
+            pause_us: microseconds(pause),
             children,
         });
         Finished { result, leftovers }
@@ -151,18 +147,18 @@ impl HandOver {
 
 /// An error closes the heirs' sockets: who has the machine already ends.
 fn give(
-    Gathered { heirs, taken, .. }: Gathered,
+    heirs: Heirs,
     machine: &Machine,
     memory: &base::Base,
     drives: Vec<SharedDrive>,
     terms: &Terms,
-    under_way: SyncSender<Infallible>,
+    resumed: Instant,
 ) -> Result<Vec<ClonedChild>, CloneError> {
+    let (heirs, taken) = heirs.gather()?;
     offer(&heirs, machine, memory, &Drives::new(drives)?, terms)?;
     // What comes now comes from others.
     reach::give_up_files()?;
-    let children = collect(&heirs, terms)?;
-    drop(under_way);
+    let children = collect(&heirs, terms.patience, resumed)?;
     if !terms.alone {
         for heir in &heirs {
             // One that has ended since it was ready has ended as a machine may end.
@@ -187,7 +183,6 @@ struct Terms {
     alone: bool,
     track_dirty_pages: bool,
     patience: Duration,
-    since: Instant,
 }
 
 fn offer(
@@ -230,10 +225,11 @@ fn offer(
 }
 
 /// Waits until all are ready, and no longer than `patience`.
-fn collect(heirs: &[Heir], terms: &Terms) -> Result<Vec<ClonedChild>, CloneError> {
-    let &Terms {
-        patience, since, ..
-    } = terms;
+fn collect(
+    heirs: &[Heir],
+    patience: Duration,
+    since: Instant,
+) -> Result<Vec<ClonedChild>, CloneError> {
     let deadline = Instant::now() + patience;
     let mut ready: Vec<Option<ClonedChild>> = vec![None; heirs.len()];
     loop {

@@ -39,16 +39,6 @@ pub struct Heir {
 pub struct Heirs {
     copies: Vec<Differences>,
     place: Place,
-    resume: bool,
-    patience: Duration,
-}
-
-/// The same, all of them at the other end of a connection.
-pub struct Gathered {
-    /// Each.
-    pub heirs: Vec<Heir>,
-    /// What a pool has given.
-    pub taken: Option<Taken>,
     /// Whether the copies are to run at once.
     pub resume: bool,
     /// How long any of them may take.
@@ -103,13 +93,13 @@ impl Heirs {
         })
     }
 
-    /// Whether none of them has to be waited for.
-    pub fn are_here(&self) -> bool {
-        matches!(self.place, Place::Sockets(_))
+    /// How many they are.
+    pub fn count(&self) -> usize {
+        self.copies.len()
     }
 
     /// Waits until a pool has given all, which takes a while if it has to start some: not for the event loop.
-    pub fn gather(self) -> Result<Gathered, CloneError> {
+    pub fn gather(self) -> Result<(Vec<Heir>, Option<Taken>), CloneError> {
         let (sockets, taken) = match self.place {
             Place::Sockets(sockets) => (sockets, None),
             Place::Pool(asked) => {
@@ -119,12 +109,7 @@ impl Heirs {
         };
         let heirs = sockets.into_iter().zip(self.copies);
         let heirs = heirs.map(|(socket, copy)| Heir { socket, copy });
-        Ok(Gathered {
-            heirs: heirs.collect(),
-            taken,
-            resume: self.resume,
-            patience: self.patience,
-        })
+        Ok((heirs.collect(), taken))
     }
 }
 

@@ -5,7 +5,6 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use lepton_api::types::{CloneMachine, Drive};
@@ -15,6 +14,7 @@ use lepton_hostio::file::{DiskOpenError, open_disk};
 
 use super::drives::wanted;
 use super::hand_over::{CloneError, HandOver};
+use super::heirs::Heirs;
 use crate::config::Configuration;
 use crate::config::devices::sharing::{SharedDrive, SharedFiles, beside};
 use crate::config::saved::{SavedDrive, SavedOverlay};
@@ -73,36 +73,28 @@ impl Template {
         }
     }
 
-    /// Drives of the machine that the copies of `request` get.
-    pub fn wanted_drives(&self, request: &CloneMachine) -> Result<Vec<String>, CloneError> {
-        let configured: Vec<Drive> = self.state.config.drives.iter().map(Drive::from).collect();
-        wanted(request, configured.iter())
-    }
-
-    /// What is given to them. Nothing stood still for it.
+    /// Refuses what can be refused. The rest is for a thread of its own.
     pub fn hand_over(&self, request: &CloneMachine) -> Result<HandOver, CloneError> {
-        let wanted = self.wanted_drives(request)?;
+        let configured: Vec<Drive> = self.state.config.drives.iter().map(Drive::from).collect();
+        let wanted = wanted(request, configured.iter())?;
+        let heirs = Heirs::ask(request)?;
         let drives = self.drives.iter();
         let drives: io::Result<_> = drives
             .filter(|drive| wanted.contains(&drive.drive_id))
             .map(SharedDrive::try_clone)
             .collect();
-        log::info!("template cloned for {} processes", request.children.len());
-        let (under_way, _) = sync_channel(0);
-        let (no_pause, pause) = sync_channel(1);
-        // There is room for one.
-        let _ = no_pause.send(Duration::ZERO);
+        log::info!("template cloned for {} processes", heirs.count());
         Ok(HandOver {
+            heirs,
             state: self.state.clone(),
             memory: Frozen {
                 base: self.memory.clone(),
                 leftovers: Vec::new(),
             },
             drives: drives?,
+            pause: Duration::ZERO,
+            resumed: Instant::now(),
             track_dirty_pages: false,
-            since: Instant::now(),
-            under_way,
-            pause,
         })
     }
 }

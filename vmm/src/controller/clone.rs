@@ -2,16 +2,15 @@
 
 use std::path::Path;
 use std::sync::mpsc::{RecvError, SyncSender, sync_channel};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use lepton_api::types::{CloneMachine, HugePages};
 use lepton_api::{Action, Fault, Reply};
 
 use super::dispatch::{Controller, Next, console_of, refused};
 use super::held::{Held, Waiting};
-use super::mailbox::Message;
 use super::phase::Phase;
-use super::policy::{self, Stage};
+use super::policy::Stage;
 use crate::clone::{self, AdoptError, Adoption, CloneError, Finished, HandOver, Heirs, NewFiles};
 use crate::config::Configuration;
 use crate::config::devices::sharing::SharedDrive;
@@ -51,17 +50,6 @@ struct Restored {
     telling: Option<Telling>,
 }
 
-/// A clone whose copies have a process each, and which the machine is to be given to.
-pub struct Cloning {
-    request: CloneMachine,
-    /// To the thread that gives it to them, and answers.
-    hand_overs: SyncSender<Result<HandOver, Fault>>,
-}
-
-/// How long a machine stands still at most until its only copy is there. Such a copy takes half of that where it does not have
-/// to wait for a processor, and is as good as there otherwise.
-const FIRST_THE_COPY: Duration = Duration::from_micros(600);
-
 impl Controller {
     /// PUT /clone. The copies get the machine from a thread of its own, which also answers: they may take their time, and
     /// this machine has its own life.
@@ -70,42 +58,24 @@ impl Controller {
         request: &CloneMachine,
         answer: SyncSender<Result<Reply, Fault>>,
     ) {
-        let asked = self.admit(&Action::Clone(request.clone()));
-        let heirs = match asked.and_then(|()| self.ask_heirs(request).map_err(fault)) {
-            Ok(heirs) => heirs,
-            Err(fault) => return refuse(&answer, fault),
-        };
-        let (hand_overs, taken) = sync_channel(1);
-        let cloning = Cloning {
-            request: request.clone(),
-            hand_overs,
-        };
-        // Only a pool has to be waited for.
-        let (at_once, in_time) = match heirs.are_here() {
-            true => (Some(cloning), None),
-            false => (None, Some((self.mailbox.clone(), cloning))),
-        };
+        if let Err(fault) = self.admit(&Action::Clone(request.clone())) {
+            return refuse(&answer, fault);
+        }
         // Before the machine stands still. A thread that is started when it runs again may be put behind its vCPU, and
         // wait until that has been on its processor for a while.
+        let (hand_overs, taken) = sync_channel(1);
         let spawned = std::thread::Builder::new()
             .name("clone".into())
             .stack_size(256 << 10)
             .spawn({
                 let answer = answer.clone();
                 move || {
-                    let heirs = match heirs.gather() {
-                        Ok(heirs) => heirs,
-                        Err(error) => return refuse(&answer, fault(error)),
-                    };
-                    if let Some((mailbox, cloning)) = in_time {
-                        mailbox.send(Message::Cloning(cloning));
-                    }
-                    let Finished { result, leftovers } = match taken.recv() {
-                        Ok(Ok(hand_over)) => hand_over.finish(heirs),
-                        Ok(Err(fault)) => return refuse(&answer, fault),
-                        // The process is ending.
+                    let hand_over: HandOver = match taken.recv() {
+                        Ok(hand_over) => hand_over,
+                        // It was refused.
                         Err(RecvError) => return,
                     };
+                    let Finished { result, leftovers } = hand_over.finish();
                     match result {
                         // A client that is gone needs no answer.
                         Ok(cloned) => drop(answer.send(Reply::json(&cloned))),
@@ -117,51 +87,28 @@ impl Controller {
         if let Err(error) = spawned {
             return refuse(&answer, fault(CloneError::Host(error)));
         }
-        if let Some(cloning) = at_once {
-            self.hand_over(&cloning);
-        }
-    }
-
-    /// Goes on with a clone whose copies had to be waited for. The machine may be another than it was.
-    pub(super) fn go_on_cloning(&mut self, cloning: &Cloning) {
-        match policy::allow(self.stage(), &Action::Clone(cloning.request.clone())) {
-            Ok(()) => self.hand_over(cloning),
-            Err(error) => drop(cloning.hand_overs.send(Err(refused(error)))),
-        }
-    }
-
-    /// Refuses what can be refused before anybody is asked for a process, and asks.
-    fn ask_heirs(&self, request: &CloneMachine) -> Result<Heirs, CloneError> {
-        self.wanted_drives(request)?;
-        Heirs::ask(request)
-    }
-
-    fn wanted_drives(&self, request: &CloneMachine) -> Result<Vec<String>, CloneError> {
-        match &self.phase {
-            Phase::Template(template) => template.wanted_drives(request),
-            _ => clone::wanted_drives(request, self.configuration.devices.drives()),
-        }
-    }
-
-    fn hand_over(&mut self, cloning: &Cloning) {
-        if let Err(error) = self.try_hand_over(cloning) {
-            drop(cloning.hand_overs.send(Err(fault(error))));
-        }
-    }
-
-    /// The machine stands still for as long as must be, and goes on when it is on its way.
-    fn try_hand_over(&mut self, cloning: &Cloning) -> Result<(), CloneError> {
-        let Cloning {
-            request,
-            hand_overs,
-        } = cloning;
-        if let Phase::Template(template) = &self.phase {
-            let hand_over = template.hand_over(request)?;
+        match self.begin_clone(request) {
             // The thread waits for it.
-            drop(hand_overs.send(Ok(hand_over)));
-            return Ok(());
+            Ok(hand_over) => drop(hand_overs.send(hand_over)),
+            Err(error) => refuse(&answer, fault(error)),
         }
-        let drives = self.wanted_drives(request)?;
+    }
+
+    /// The same, and waits for it.
+    pub(super) fn clone_and_wait(&mut self, request: &CloneMachine) -> Result<Reply, Fault> {
+        let (sender, answer) = std::sync::mpsc::sync_channel(1);
+        self.clone_machine(request, sender);
+        let gone = |_| refused("the thread that clones has ended");
+        answer.recv().map_err(gone)?
+    }
+
+    /// What can be refused is refused first, then the machine stands still for as long as must be.
+    fn begin_clone(&mut self, request: &CloneMachine) -> Result<HandOver, CloneError> {
+        if let Phase::Template(template) = &self.phase {
+            return template.hand_over(request);
+        }
+        let drives = clone::wanted_drives(request, self.configuration.devices.drives())?;
+        let heirs = Heirs::ask(request)?;
         let saveable = match self.saveable.take() {
             Some(known) => known,
             None => Hypervisor::open()?.saveable()?,
@@ -171,73 +118,48 @@ impl Controller {
             drives: &drives,
             scratch: &self.options.scratch(),
         };
-        let track_dirty_pages = self.configuration.shape().track_dirty_pages;
-        let patience = self.patience_for(request);
+        let configuration = &mut self.configuration;
         let parted = match &mut self.phase {
             Phase::Running(running) => running.part_memory(),
             _ => Vec::new(),
         };
-        let since = Instant::now();
-        let configuration = &mut self.configuration;
-        let (under_way, there) = sync_channel(0);
-        let (pauses, pause) = sync_channel(1);
-        let give = |paused: &mut Paused| {
-            let (state, mut memory, drives) = take(paused, configuration, &order)?;
-            memory.leftovers.extend(parted);
-            let hand_over = HandOver {
-                state,
-                memory,
-                drives,
-                track_dirty_pages,
-                since,
-                under_way,
-                pause,
-            };
-            // The thread waits for it.
-            drop(hand_overs.send(Ok(hand_over)));
-            Ok(())
-        };
+        let started = Instant::now();
         let phase = std::mem::replace(&mut self.phase, Phase::Configuring);
-        let (phase, given) = match phase {
+        let (phase, taken) = match phase {
             Phase::Running(running) => {
                 let (mut paused, result) = running.pause();
-                let given = result.map_err(CloneError::Pause);
-                let given = given.and_then(|()| give(&mut paused));
-                if given.is_ok() {
-                    // Nothing comes by this channel: it is closed.
-                    let _ = there.recv_timeout(patience);
-                }
-                (Phase::Running(paused.resume()), given)
+                let taken = match result {
+                    Ok(()) => take(&mut paused, configuration, &order),
+                    Err(error) => Err(CloneError::Pause(error)),
+                };
+                (Phase::Running(paused.resume()), taken)
             }
             Phase::Paused(mut paused) => {
-                let given = give(&mut paused);
-                (Phase::Paused(paused), given)
+                let taken = take(&mut paused, configuration, &order);
+                (Phase::Paused(paused), taken)
             }
             // The policy has refused before.
             phase @ (Phase::Configuring | Phase::Template(_)) => (phase, Err(CloneError::Count(0))),
         };
         self.phase = phase;
         self.saveable = Some(saveable);
-        given?;
-        let pause = since.elapsed();
-        // The thread needs it for its answer.
-        let _ = pauses.send(pause);
-        let count = request.children.len();
-        log::info!("machine cloned for {count} processes; it stood still for {pause:?}");
-        Ok(())
-    }
-
-    /// How long the machine may wait for its copies before it goes on. Where its vCPUs and the copy's keep all processors
-    /// busy, what is to be done for the copy would wait for one until the scheduler's next tick, milliseconds later. Many
-    /// copies, or one whose guest is to be told who it is, take too long.
-    fn patience_for(&self, request: &CloneMachine) -> Duration {
-        let vcpus = usize::from(self.configuration.shape().topology.vcpus);
-        match &*request.children {
-            [only] if only.identity.is_none() && 2 * vcpus >= self.options.processors => {
-                FIRST_THE_COPY
-            }
-            _ => Duration::ZERO,
-        }
+        let resumed = Instant::now();
+        let pause = resumed - started;
+        let (state, mut memory, drives) = taken?;
+        memory.leftovers.extend(parted);
+        log::info!(
+            "machine cloned for {} processes; it stood still for {pause:?}",
+            heirs.count()
+        );
+        Ok(HandOver {
+            heirs,
+            state,
+            memory,
+            drives,
+            pause,
+            resumed,
+            track_dirty_pages: self.configuration.shape().track_dirty_pages,
+        })
     }
 
     /// Takes the machine that is offered, or refuses it.

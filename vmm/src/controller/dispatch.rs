@@ -50,8 +50,6 @@ pub struct Options {
     pub allow_path: Vec<PathBuf>,
     /// Memory of the machine that this process will be offered, if that is known: `--adopt-mem-mib`.
     pub adopt_memory: Option<MemorySize>,
-    /// How many processors this process may use.
-    pub processors: usize,
     /// The process's own sockets: the API's, and that of `--adopt`.
     pub sockets: Vec<PathBuf>,
 }
@@ -146,10 +144,6 @@ impl Controller {
                 reply,
             } => {
                 self.tell(&action, reply);
-                Next::Continue
-            }
-            Message::Cloning(cloning) => {
-                self.go_on_cloning(&cloning);
                 Next::Continue
             }
             Message::Identified(result) => self.identified(result),
@@ -308,8 +302,7 @@ impl Controller {
             Action::PutSerial(serial) => {
                 configuration.set_serial(serial).map(done).map_err(refused)
             }
-            // Its answer comes later, from a thread of its own.
-            Action::Clone(_) => Err(refused("PUT /clone has a client that waits")),
+            Action::Clone(request) => self.clone_and_wait(&request),
             Action::CreateSnapshot(request) => self.create_snapshot(&request).map(done),
             Action::LoadSnapshot(request) => self.load_snapshot(&request, events).map(done),
             Action::PatchVm(change) => self.change_state(change.state).map(done),

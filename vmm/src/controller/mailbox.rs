@@ -9,7 +9,6 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use lepton_api::{Action, Fault, Reply};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::clone::Cloning;
 use crate::clone::Adoption;
 use crate::exit::ExitCode;
 use crate::identity::IdentityError;
@@ -24,8 +23,6 @@ pub enum Message {
         /// Where the answer goes.
         reply: SyncSender<Result<Reply, Fault>>,
     },
-    /// The processes that are to be copies of the machine are there.
-    Cloning(Cloning),
     /// A machine is offered to this process.
     Offer(Adoption),
     /// The machine's guest has taken on who it is, or has not.
