@@ -42,6 +42,42 @@ fn groups(parent: &str) -> Vec<PathBuf> {
         .collect()
 }
 
+/// Puts the machine of `--config-file /vm.json` into the jail.
+fn give_machine(jail: &Jail) {
+    let config = json!({ "boot-source": { "kernel_image_path": "/kernel" } }).to_string();
+    jail.file("kernel", &Program::tick().elf(Entry::Linux64));
+    jail.file("vm.json", config.as_bytes());
+}
+
+/// Starts the jailer with such a machine, and kills it, or the VMM that it has become, at the next moment, right after a look
+/// at things. Returns whether there was an API by then. No mount is left.
+fn kill_some_time_after_its_start(jail: &Jail, moments: &mut Moments, look: impl FnOnce()) -> bool {
+    give_machine(jail);
+    let mut command = jail.command();
+    let mut child = command
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the jailer starts");
+    reaper::watch(&child).expect("there is a reaper");
+    // The moment is what is tested: nothing is waited for.
+    std::thread::sleep(moments.next_below(Duration::from_millis(150)));
+    let reached = jail.root().join("run/firecracker.socket").exists();
+    look();
+    kill_process(Pid::from_child(&child), Signal::KILL).expect("it is our child");
+    drop(child.wait());
+    let here = fs::read_to_string("/proc/self/mounts").expect("mounts");
+    assert!(!here.contains("lepton-jail-"), "a mount is left:\n{here}");
+    reached
+}
+
+/// As the documentation has it: once the folder is gone, the id is free.
+fn free_id(jail: &Jail) {
+    let folder = jail.root();
+    let folder = folder.parent().expect("the id's folder");
+    fs::remove_dir_all(folder).expect("the folder was made");
+}
+
 /// The jailer is killed, or the VMM that it has become, some time after its start: while it makes the jail, while the VMM
 /// starts, while a guest runs.
 pub fn killed_at_any_moment_it_leaves_nothing_in_the_way() {
@@ -57,38 +93,17 @@ pub fn killed_at_any_moment_it_leaves_nothing_in_the_way() {
     } else {
         jail
     };
-    let config = json!({ "boot-source": { "kernel_image_path": "/kernel" } }).to_string();
     let (mut reached_guest, mut had_tap) = (0, 0);
     let tap = Path::new("/sys/class/net").join(tap);
     for _ in 0..rounds() {
-        jail.file("kernel", &Program::tick().elf(Entry::Linux64));
-        jail.file("vm.json", config.as_bytes());
-        let mut command = jail.command();
-        let mut child = command
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("the jailer starts");
-        reaper::watch(&child).expect("there is a reaper");
-        // The moment is what is tested: nothing is waited for.
-        std::thread::sleep(moments.next_below(Duration::from_millis(150)));
-        if jail.root().join("run/firecracker.socket").exists() {
-            reached_guest += 1;
-        }
-        had_tap += u64::from(tap.exists());
-        kill_process(Pid::from_child(&child), Signal::KILL).expect("it is our child");
-        drop(child.wait());
-        let here = fs::read_to_string("/proc/self/mounts").expect("mounts");
-        assert!(!here.contains("lepton-jail-"), "a mount is left:\n{here}");
+        reached_guest += u64::from(kill_some_time_after_its_start(&jail, &mut moments, || {
+            had_tap += u64::from(tap.exists());
+        }));
         // The keeper may be about to close what it has of the jailer's.
         wait_until_gone(&tap);
-        // As the documentation has it: once the folder is gone, the id is free.
-        let folder = jail.root();
-        let folder = folder.parent().expect("the id's folder");
-        fs::remove_dir_all(folder).expect("the folder was made");
+        free_id(&jail);
     }
-    jail.file("kernel", &Program::tick().elf(Entry::Linux64));
-    jail.file("vm.json", config.as_bytes());
+    give_machine(&jail);
     let last = jail.vmm(["--level", "Error"]).spawn();
     assert_eq!(last.api().state(), "Running");
     last.signal(Signal::KILL);
@@ -123,32 +138,14 @@ pub fn without_root_killed_at_any_moment_nobody_stays() {
     let mut moments = Moments(0x2545_f491_4f6c_dd1d);
     let id = format!("kill-{}", std::process::id());
     let jail = with_kvm(&kvm).id(&id).vmm(["--config-file", "/vm.json"]);
-    let config = json!({ "boot-source": { "kernel_image_path": "/kernel" } }).to_string();
     let mut reached_guest = 0;
     for _ in 0..rounds() {
-        jail.file("kernel", &Program::tick().elf(Entry::Linux64));
-        jail.file("vm.json", config.as_bytes());
-        let mut command = jail.command();
-        let mut child = command
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("the jailer starts");
-        reaper::watch(&child).expect("there is a reaper");
-        // The moment is what is tested: nothing is waited for.
-        std::thread::sleep(moments.next_below(Duration::from_millis(150)));
-        reached_guest += u64::from(jail.root().join("run/firecracker.socket").exists());
-        kill_process(Pid::from_child(&child), Signal::KILL).expect("it is our child");
-        drop(child.wait());
+        reached_guest += u64::from(kill_some_time_after_its_start(&jail, &mut moments, || {}));
         let deadline = Instant::now() + PATIENCE;
         while is_somewhere(&id) {
             assert!(Instant::now() < deadline, "a process of {id} goes on");
         }
-        let here = fs::read_to_string("/proc/self/mounts").expect("mounts");
-        assert!(!here.contains("lepton-jail-"), "a mount is left:\n{here}");
-        let folder = jail.root();
-        let folder = folder.parent().expect("the id's folder");
-        fs::remove_dir_all(folder).expect("the folder was made");
+        free_id(&jail);
     }
     eprintln!("{} rounds, {reached_guest} of them with an API", rounds());
 }
