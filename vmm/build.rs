@@ -5,10 +5,12 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::{env, fs};
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 #[path = "src/seccomp/compile.rs"]
 mod compile;
+#[path = "src/seccomp/lists.rs"]
+mod lists;
 #[path = "src/seccomp/optimize.rs"]
 mod optimize;
 
@@ -25,23 +27,17 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("cargo::rerun-if-changed={script}");
     }
     let is_debug = env::var_os("CARGO_CFG_DEBUG_ASSERTIONS").is_some();
-    let lists = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("../resources/seccomp/x86_64");
+    let folder = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("../resources/seccomp/x86_64");
     let read = |name: &str| -> Result<Value, Box<dyn Error>> {
-        let path = lists.join(name).with_extension("json");
+        let path = folder.join(name).with_extension("json");
         println!("cargo::rerun-if-changed={}", path.display());
         let named = |error: &dyn Error| format!("{}: {error}", path.display());
         let text = fs::read(&path).map_err(|error| named(&error))?;
         Ok(serde_json::from_slice(&text).map_err(|error| named(&error))?)
     };
-    let mut document = Value::Object(Map::new());
-    let debug = read("debug")?;
-    for thread in compile::THREADS {
-        document[thread] = read(thread)?[thread].take();
-        let rules = document[thread]["filter"].as_array_mut();
-        if let (Some(rules), Some(more), true) = (rules, debug.as_array(), is_debug) {
-            rules.extend(more.iter().cloned());
-        }
-    }
+    let c_library = env::var("CARGO_CFG_TARGET_ENV")?;
+    let document = lists::assemble(&compile::THREADS, &c_library, is_debug, read)?;
+    println!("cargo::rerun-if-changed=src/seccomp/lists.rs");
     println!("cargo::rerun-if-changed=src/seccomp/compile.rs");
     println!("cargo::rerun-if-changed=src/seccomp/optimize.rs");
     let programs = compile::compile(document.to_string().as_bytes())?;

@@ -1,5 +1,6 @@
 //! What the host's kernel offers to devices and servers, behind safe interfaces; every unsafe call that they need.
 
+pub mod arguments;
 pub mod file;
 pub mod inherited;
 pub mod listener;

@@ -1,15 +1,15 @@
 //! Listening Unix sockets by which processes of the host reach this one, and their paths.
 
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
-use rustix::fs::{FlockOperation, OFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -144,11 +144,11 @@ fn take_place(
         return Err(BindError::Locked(path.to_owned()));
     }
     // Held open, so that no other file has its number meanwhile.
-    let mut options = OpenOptions::new();
-    let flags = (OFlags::PATH | OFlags::NOFOLLOW).bits();
-    let found = match options.read(true).custom_flags(flags as i32).open(path) {
-        Ok(found) => Some(found),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+    // Not by the standard library: with musl it takes O_PATH for a way of access, and leaves it out.
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let found = match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(found) => Some(File::from(found)),
+        Err(Errno::NOENT) => None,
         Err(_) => return Err(exists()),
     };
     // Again: the kernel makes a file, then ties a socket to it, and lets nobody else make one meanwhile. Whoever made

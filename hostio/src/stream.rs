@@ -43,15 +43,11 @@ pub fn send_vectored<B: BitmapSlice>(
     let mut total = 0;
     for batch in slices.chunks(BATCH) {
         let sent = with_iovecs(batch, |iovecs| {
-            let message = libc::msghdr {
-                msg_name: std::ptr::null_mut(),
-                msg_namelen: 0,
-                msg_iov: iovecs.as_ptr().cast_mut(),
-                msg_iovlen: iovecs.len(),
-                msg_control: std::ptr::null_mut(),
-                msg_controllen: 0,
-                msg_flags: 0,
-            };
+            // SAFETY: a msghdr is plain data, in which null pointers and zero lengths mean nothing.
+            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+            message.msg_iov = iovecs.as_ptr().cast_mut();
+            // The field's type is each C library's own; a batch is short.
+            message.msg_iovlen = (iovecs.len() as u8).into();
             // SAFETY: `message` and its iovecs live through the call. Each iovec is a live VolatileSlice's memory, which
             // the kernel only reads; it copes with a guest that changes the bytes meanwhile.
             unsafe {

@@ -11,6 +11,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::inherited;
 use vm_memory::VolatileSlice;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
+use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
+
+// Linux, include/uapi/linux/if_tun.h. The libc crate has them in another type for each C library.
+const TUN: libc::c_uint = b'T' as libc::c_uint;
+ioctl_iow_nr!(TUNSETIFF, TUN, 202, libc::c_int);
+ioctl_iow_nr!(TUNSETOFFLOAD, TUN, 208, libc::c_uint);
+ioctl_ior_nr!(TUNGETIFF, TUN, 210, libc::c_uint);
+ioctl_iow_nr!(TUNSETVNETHDRSZ, TUN, 216, libc::c_int);
 
 /// Bytes of the virtio header in front of every frame: `struct virtio_net_hdr` with `num_buffers` (VIRTIO 1.3, 5.1.6).
 pub const VNET_HEADER_LEN: usize = 12;
@@ -161,7 +169,7 @@ impl Tap {
         request.ifr_ifru.ifru_flags =
             (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
         // SAFETY: the descriptor is open and TUNSETIFF reads and writes one ifreq, which `request` is.
-        if unsafe { ioctl_with_mut_ref(&file, libc::TUNSETIFF, &mut request) } < 0 {
+        if unsafe { ioctl_with_mut_ref(&file, TUNSETIFF(), &mut request) } < 0 {
             return Err(attach_error(name, io::Error::last_os_error()));
         }
         Self::prepare(Arc::new(file), name.to_owned())
@@ -173,7 +181,7 @@ impl Tap {
         let unnamed = format!("descriptor {}", file.as_raw_fd());
         let mut request = request("");
         // SAFETY: the descriptor is open and TUNGETIFF writes one ifreq, which `request` is.
-        if unsafe { ioctl_with_mut_ref(&file, libc::TUNGETIFF, &mut request) } < 0 {
+        if unsafe { ioctl_with_mut_ref(&file, TUNGETIFF(), &mut request) } < 0 {
             return Err(TapError::NotATap { name: unnamed });
         }
         let name: String = request
@@ -202,7 +210,7 @@ impl Tap {
     fn prepare(file: Arc<File>, name: String) -> Result<Self, TapError> {
         let len = VNET_HEADER_LEN as libc::c_int;
         // SAFETY: the descriptor is open and TUNSETVNETHDRSZ reads one int.
-        if unsafe { ioctl_with_ref(&file, libc::TUNSETVNETHDRSZ, &len) } < 0 {
+        if unsafe { ioctl_with_ref(&file, TUNSETVNETHDRSZ(), &len) } < 0 {
             return Err(refused(&name, "TUNSETVNETHDRSZ"));
         }
         let mut tap = Tap {
@@ -251,7 +259,7 @@ impl Tap {
     pub fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()> {
         let flags = libc::c_ulong::from(offloads.flags());
         // SAFETY: the descriptor is open and TUNSETOFFLOAD takes an integer.
-        if unsafe { ioctl_with_val(&self.file, libc::TUNSETOFFLOAD, flags) } < 0 {
+        if unsafe { ioctl_with_val(&self.file, TUNSETOFFLOAD(), flags) } < 0 {
             return Err(io::Error::last_os_error());
         }
         Ok(())

@@ -118,9 +118,12 @@ fn become_vmm(
     waiting: &mut Option<Reporter>,
 ) -> Result<u8, JailError> {
     jail.pid_file.write(getpid()).map_err(JailError::Pid)?;
-    let mut keeper = Keeper::leave(made, pooled).map_err(JailError::Keeper)?;
-    let written = || copying.finish().map_err(JailError::Folder);
-    let error = jail.enter(clock, written, || {
+    let (mut keeper, coming) = Keeper::leave(made, pooled).map_err(JailError::Keeper)?;
+    let others = || {
+        coming.settle().map_err(JailError::Keeper)?;
+        copying.finish().map_err(JailError::Folder)
+    };
+    let error = jail.enter(clock, others, || {
         keeper.ready();
         if let Some(waiting) = waiting {
             waiting.ready();

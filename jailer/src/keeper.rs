@@ -113,9 +113,41 @@ pub struct Keeper {
     files_gone: File,
 }
 
+/// A keeper that is about to be there.
+pub struct Coming {
+    /// Who makes it, until that has ended.
+    maker: Option<Pid>,
+    made: AllMade,
+}
+
+impl Coming {
+    /// Waits until there is a keeper. If there is none, what was made is gone.
+    pub fn settle(mut self) -> io::Result<()> {
+        self.wait()
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        if let Some(maker) = self.maker.take() {
+            if wait_for(maker)? != 0 {
+                return Err(io::Error::other("cannot fork"));
+            }
+            std::mem::take(&mut self.made).keep();
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Coming {
+    fn drop(&mut self) {
+        // What is not in a keeper's hands goes with this.
+        drop(self.wait());
+    }
+}
+
 impl Keeper {
-    /// Leaves a keeper behind for this process, which must not have joined a group yet.
-    pub fn leave(made: AllMade, pooled: Option<Pooled>) -> io::Result<Self> {
+    /// Leaves a keeper behind for this process, which must not have joined a group yet. It makes itself while this process
+    /// goes on.
+    pub fn leave(made: AllMade, pooled: Option<Pooled>) -> io::Result<(Self, Coming)> {
         let (reporter, outcome) = report::pair()?;
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
         let pidfd = pidfd_open(getpid(), PidfdFlags::empty())?;
@@ -123,8 +155,7 @@ impl Keeper {
             Side::Child => {
                 let needed = [outcome.as_raw_fd(), writer.as_raw_fd(), pidfd.as_raw_fd()];
                 let of_pool = pooled.iter().flat_map(Pooled::descriptors);
-                // Here, since the VMM's process waits for this one's end: the program cannot be run while anybody has its
-                // copy open for writing.
+                // Here, since the VMM's process waits for this one's end: its files are not to be open anywhere else when it runs.
                 let result = detach(needed.into_iter().chain(of_pool).chain(made.descriptors()));
                 if result.is_err() {
                     exit(1);
@@ -137,16 +168,13 @@ impl Keeper {
                 };
                 exit(status)
             }
-            Side::Parent(child) => {
-                let status = wait_for(child)?;
-                if status != 0 {
-                    return Err(io::Error::other("cannot fork"));
-                }
-                made.keep();
-                Ok(Self {
+            Side::Parent(maker) => {
+                let keeper = Self {
                     reporter,
                     files_gone: reader.into(),
-                })
+                };
+                let maker = Some(maker);
+                Ok((keeper, Coming { maker, made }))
             }
         }
     }

@@ -20,11 +20,14 @@ mod root;
 mod tree;
 mod user;
 
+use std::ffi::{c_char, c_int};
 use std::os::fd::AsRawFd;
 use std::process::exit;
 
 use clap::Parser;
 use clap::error::ErrorKind;
+use dlmalloc::GlobalDlmalloc;
+use lepton_hostio::arguments;
 
 use cli::Cli;
 use clock::Clock;
@@ -32,12 +35,18 @@ use detach::Session;
 use error::JailError;
 use plan::Plan;
 
-#[cfg_attr(not(test), allow(unsafe_code))] // the symbol's name
+/// musl's own heap asks the kernel for each few pages: forty times until a command line is read.
+#[global_allocator]
+static HEAP: GlobalDlmalloc = GlobalDlmalloc;
+
+#[allow(unsafe_code)] // the symbol's name, and its arguments
 #[cfg_attr(not(test), unsafe(no_mangle))]
-extern "C" fn main() -> libc::c_int {
+extern "C" fn main(count: c_int, first: *const *const c_char) -> c_int {
     process::start();
     let clock = Clock::start();
-    let code = match Cli::try_parse() {
+    // SAFETY: they are `main`'s own.
+    let arguments = unsafe { arguments::from_main(count, first) };
+    let code = match Cli::try_parse_from(arguments) {
         Ok(cli) => run(cli, clock).unwrap_or_else(|error| {
             eprintln!("lepton-jailer: {error}");
             FAILURE

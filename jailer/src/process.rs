@@ -11,7 +11,9 @@ use lepton_hostio::streams;
 use rustix::fs::{copy_file_range, fchown, sendfile};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitOptions, set_parent_process_death_signal, waitpid};
-use rustix::thread::{UnshareFlags, unshare_unsafe};
+use rustix::thread::{
+    CpuSet, UnshareFlags, sched_getaffinity, sched_getcpu, sched_setaffinity, unshare_unsafe,
+};
 
 use crate::folder::Owner;
 
@@ -94,12 +96,30 @@ pub struct Beside(Pid);
 struct Work {
     files: [RawFd; 2],
     owner: Owner,
+    /// The processor that the other process was on.
+    other: usize,
+}
+
+/// Sends a process, 0 the one that calls, to a processor other than `from`, if it may run on any. Later it may come back: nothing is
+/// done but what puts it into another queue now. The kernel starts a process where its parent runs more often than where nobody
+/// does, and there it would wait for its parent, or its parent for it.
+fn move_off(pid: Option<Pid>, from: usize) -> Result<(), Errno> {
+    let all = sched_getaffinity(pid)?;
+    let mut others = all;
+    if from < CpuSet::MAX_CPU {
+        others.unset(from);
+    }
+    if others.count() == 0 || others == all {
+        return Ok(());
+    }
+    sched_setaffinity(pid, &others)?;
+    sched_setaffinity(pid, &all)
 }
 
 /// Runs [`copy`] in a process that shares this one's memory, which is started in a fraction of the time of a fork. It has copies
 /// of all descriptors; `files` are closed here. It is killed if this process ends.
 pub fn copy_beside(files: [OwnedFd; 2], owner: Owner) -> io::Result<Beside> {
-    const STACK: usize = 64 << 10;
+    const STACK: usize = 16 << 10;
     extern "C" fn begin(work: *mut libc::c_void) -> libc::c_int {
         // SAFETY: `copy_beside` gives its Work, which is there for good and which nobody changes. Its descriptors are open
         // in this process, which nobody else knows of.
@@ -107,6 +127,10 @@ pub fn copy_beside(files: [OwnedFd; 2], owner: Owner) -> io::Result<Beside> {
             let work = &*work.cast::<Work>();
             (work, work.files.map(|file| BorrowedFd::borrow_raw(file)))
         };
+        if sched_getcpu() == work.other {
+            // It gets there later else.
+            let _ = move_off(None, work.other);
+        }
         let result = set_parent_process_death_signal(Some(Signal::KILL));
         let result = result.and_then(|()| copy(files, work.owner));
         result.err().map_or(0, Errno::raw_os_error)
@@ -116,6 +140,7 @@ pub fn copy_beside(files: [OwnedFd; 2], owner: Owner) -> io::Result<Beside> {
     let work: &'static Work = Box::leak(Box::new(Work {
         files: files.each_ref().map(AsRawFd::as_raw_fd),
         owner,
+        other: sched_getcpu(),
     }));
     // SAFETY: the stack is aligned as it has to be and nobody else's, and grows downwards from its end. The new process has
     // this one's memory and its thread pointer, by which it changes nothing: it does what `copy` does, and ends without
@@ -126,7 +151,10 @@ pub fn copy_beside(files: [OwnedFd; 2], owner: Owner) -> io::Result<Beside> {
         libc::clone(begin, top, libc::CLONE_VM | libc::SIGCHLD, work)
     };
     match side(pid.into())? {
-        Side::Parent(pid) => Ok(Beside(pid)),
+        Side::Parent(pid) => {
+            let _ = move_off(Some(pid), work.other);
+            Ok(Beside(pid))
+        }
         Side::Child => Err(io::Error::other("clone has returned in the new process")),
     }
 }

@@ -339,9 +339,17 @@ fn lists() -> Value {
     let mut all = json!({});
     for thread in ["api", "vmm", "vcpu"] {
         all[thread] = read(thread)[thread].clone();
-        // The VMM under test may be a debug build.
+        // The VMM under test may be a debug build, and with either C library.
         let rules = all[thread]["filter"].as_array_mut().expect("a list");
-        rules.extend(read("debug").as_array().expect("a list").iter().cloned());
+        let more = [
+            read("debug"),
+            read("gnu")[thread].take(),
+            read("musl")[thread].take(),
+        ];
+        rules.extend(
+            more.iter()
+                .flat_map(|list| list.as_array().expect("a list").clone()),
+        );
     }
     all
 }

@@ -1,6 +1,7 @@
 //! `lepton-vmm`: wiring only.
 #![no_main] // see `process`
 
+use std::ffi::{OsString, c_char, c_int};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
@@ -9,9 +10,11 @@ use std::thread::{self, JoinHandle};
 
 use clap::Parser;
 use clap::error::ErrorKind;
+use dlmalloc::GlobalDlmalloc;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use lepton_api::types::{Logger, MetricsTarget};
 use lepton_api::{Action, Server, StopHandle, config_file};
+use lepton_hostio::arguments;
 use lepton_hostio::listener::{self, BindError, SocketFile};
 use lepton_hostio::scheduler::ask_for_usual_slices;
 use lepton_hostio::tap::Tap;
@@ -51,19 +54,23 @@ fn failure<E: std::fmt::Display>(code: ExitCode, what: &str) -> impl FnOnce(E) -
     }
 }
 
+/// One heap for all threads, by which few pages are touched and few calls made. musl's own asks the kernel for each few pages, and
+/// glibc's has one for each thread.
+#[global_allocator]
+static HEAP: GlobalDlmalloc = GlobalDlmalloc;
+
 /// What the C library's start-up calls.
-#[allow(unsafe_code)] // the name
+#[allow(unsafe_code)] // the name, and its arguments
 #[unsafe(no_mangle)]
-extern "C" fn main() {
-    process::start();
+extern "C" fn main(count: c_int, first: *const *const c_char) -> c_int {
+    // SAFETY: they are `main`'s own.
+    let arguments = unsafe { arguments::from_main(count, first) };
+    process::start(arguments.first());
     signal::end_on_panic();
-    if std::env::args_os()
-        .nth(1)
-        .is_some_and(|word| word == overlay::WORD)
-    {
-        std::process::exit(on_overlay() as i32);
+    if arguments.get(1).is_some_and(|word| word == overlay::WORD) {
+        std::process::exit(on_overlay(arguments) as i32);
     }
-    let code = match Cli::try_parse() {
+    let code = match Cli::try_parse_from(arguments) {
         Ok(cli) => match run(cli) {
             Ok(code) => code,
             Err(failure) => {
@@ -85,8 +92,8 @@ extern "C" fn main() {
 }
 
 /// `lepton-vmm overlay ...`: no machine, and nothing of a guest's.
-fn on_overlay() -> ExitCode {
-    match overlay::run(std::env::args_os().skip(1)) {
+fn on_overlay(arguments: Vec<OsString>) -> ExitCode {
+    match overlay::run(arguments.into_iter().skip(1)) {
         Ok(text) => {
             print!("{text}");
             ExitCode::Success

@@ -3,13 +3,13 @@
 //! That code also prepares for a message about stack overflows: it reads /proc/self/maps for the main thread and maps
 //! a signal stack for every other one. Here a fault has a handler of ours in any case, and that preparation would be a
 //! twentieth of the time until the API answers.
-#![allow(unsafe_code)] // a signal's disposition, mallopt, and madvise on the program's own mapping
+#![allow(unsafe_code)] // a signal's disposition, and madvise on the program's own mapping
 
-use std::ffi::CString;
+use std::ffi::{CString, OsString};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -24,28 +24,25 @@ use vmm_sys_util::timerfd::TimerFd;
 /// into the guest, and would have to map it again.
 const UNDER_WAY: Duration = Duration::from_millis(100);
 
-/// To be called first, before any thread is started.
-pub fn start() {
+/// To be called first, before any thread is started. `program` is the path by which it was run.
+pub fn start(program: Option<&OsString>) {
     streams::keep();
     // SAFETY: no other thread exists yet, and ignoring a signal runs no code.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
     // No core dump, and no other process of the same user attaches to this one or reads its memory and files in /proc.
     // It fails only for a value that the kernel does not know.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
-    name_after_program();
-    // One heap for all threads. glibc would give each an arena of its own: four system calls and some pages at each
-    // thread's start, for threads that hardly allocate.
-    // SAFETY: mallopt sets a number; no other thread exists yet.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    if let Some(program) = program {
+        name_after(Path::new(program));
+    }
     // A guest or a client waits for whatever any thread does, but a vCPU's.
     ask_for_short_slices();
 }
 
 /// Gives the first thread, and with it the process, the name of the program. A jailer runs it by a descriptor, and kernels
 /// before 6.14 then call it by that descriptor's number.
-fn name_after_program() {
-    let name = std::env::args_os().next().map(PathBuf::from);
-    let name = name.as_deref().and_then(Path::file_name);
+fn name_after(program: &Path) {
+    let name = program.file_name();
     if let Some(Ok(name)) = name.map(|name| CString::new(name.as_bytes())) {
         // The kernel keeps 15 bytes of it. Under another name it works as well.
         let _ = set_name(&name);

@@ -4,10 +4,9 @@
 //! when the machine is complete, before the guest's first instruction, but for the places where later requests may
 //! have something to open. A start that fails takes nothing away.
 
-use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -15,6 +14,7 @@ use landlock::{
     ABI, Access, AccessFs, BitFlags, PathBeneath, Ruleset, RulesetAttr, RulesetCreatedAttr,
     RulesetError, RulesetStatus, Scope, make_bitflags,
 };
+use rustix::fs::{Mode, OFlags};
 
 /// What is denied unless allowed, where the kernel knows it. Later versions would also want to be asked for the sockets
 /// of the host that a guest connects to.
@@ -112,10 +112,8 @@ impl Reach {
 
     /// What cannot be found now is left out.
     fn allow(&mut self, path: &Path, access: BitFlags<AccessFs>) {
-        let mut options = OpenOptions::new();
-        options.read(true).custom_flags(libc::O_PATH);
-        if let Ok(place) = options.open(path) {
-            self.rules.push(PathBeneath::new(place.into(), access));
+        if let Ok(place) = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
+            self.rules.push(PathBeneath::new(place, access));
         }
     }
 
@@ -213,7 +211,7 @@ mod tests {
             reach.socket(&sockets.join("a"));
             let within = reach.confine().unwrap();
 
-            let write = |path: &Path| OpenOptions::new().write(true).open(path);
+            let write = |path: &Path| File::options().write(true).open(path);
             fs::write(own.join("c.new"), "x").unwrap();
             fs::rename(own.join("c.new"), own.join("c")).unwrap();
             fs::remove_file(own.join("c")).unwrap();

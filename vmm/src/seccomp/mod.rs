@@ -5,6 +5,8 @@
 //! filter of the one that starts it, and filters add up: what a vCPU may do is on the lists `vmm` and `vcpu`.
 
 mod compile;
+#[cfg(test)]
+mod lists;
 mod optimize;
 #[cfg(test)]
 mod tests;

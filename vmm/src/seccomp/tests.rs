@@ -1,9 +1,11 @@
 use std::collections::BTreeSet;
+use std::convert::Infallible;
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::compile::compile;
+use super::lists::assemble;
 use super::*;
 
 /// Most rules that the list of a vCPU's thread may have.
@@ -17,12 +19,26 @@ fn read(name: &str) -> Value {
     serde_json::from_slice(&text).unwrap()
 }
 
-fn list(thread: &str) -> Vec<Value> {
-    let list = read(thread);
-    let filter = &list[thread];
+/// With the C libraries that it can be built with.
+const C_LIBRARIES: [&str; 2] = ["gnu", "musl"];
+
+fn all_lists(c_library: &str, is_debug: bool) -> Value {
+    let read = |name: &str| Ok::<_, Infallible>(read(name));
+    assemble(&THREADS, c_library, is_debug, read).unwrap()
+}
+
+fn list(thread: &str, c_library: &str) -> Vec<Value> {
+    let lists = all_lists(c_library, false);
+    let filter = &lists[thread];
     assert_eq!(filter["default_action"], "trap", "{thread}");
     assert_eq!(filter["filter_action"], "allow", "{thread}");
     filter["filter"].as_array().unwrap().clone()
+}
+
+fn each() -> impl Iterator<Item = (&'static str, &'static str)> {
+    THREADS
+        .into_iter()
+        .flat_map(|thread| C_LIBRARIES.map(|c_library| (thread, c_library)))
 }
 
 fn call(rule: &Value) -> String {
@@ -43,19 +59,21 @@ fn refusal(document: &Value) -> String {
 
 #[test]
 fn the_lists_stay_within_their_bounds() {
-    assert!(list("vcpu").len() <= MAX_VCPU_RULES);
-    let calls: BTreeSet<String> = THREADS
-        .iter()
-        .flat_map(|t| list(t))
-        .map(|r| call(&r))
-        .collect();
-    assert!(calls.len() <= MAX_CALLS, "{}: {calls:?}", calls.len());
+    for c_library in C_LIBRARIES {
+        assert!(list("vcpu", c_library).len() <= MAX_VCPU_RULES);
+        let calls: BTreeSet<String> = THREADS
+            .iter()
+            .flat_map(|thread| list(thread, c_library))
+            .map(|rule| call(&rule))
+            .collect();
+        assert!(calls.len() <= MAX_CALLS, "{}: {calls:?}", calls.len());
+    }
 }
 
 #[test]
 fn every_rule_has_a_reason() {
-    for thread in THREADS {
-        for rule in list(thread) {
+    for (thread, c_library) in each() {
+        for rule in list(thread, c_library) {
             let reason = rule["comment"].as_str().unwrap_or_default();
             assert!(reason.len() > 3, "{thread}: {rule}");
             for condition in rule["args"].as_array().into_iter().flatten() {
@@ -89,8 +107,8 @@ fn no_list_has_calls_that_would_undo_the_others() {
     let alone_too_wide = [
         "ioctl", "mmap", "mprotect", "socket", "prctl", "fcntl", "madvise", "futex",
     ];
-    for thread in THREADS {
-        for rule in list(thread) {
+    for (thread, c_library) in each() {
+        for rule in list(thread, c_library) {
             let call = call(&rule);
             assert!(!never.contains(&call.as_str()), "{thread}: {rule}");
             let narrowed = rule.get("args").is_some();
@@ -105,28 +123,25 @@ fn no_list_has_calls_that_would_undo_the_others() {
 /// A vCPU's thread is started by the event loop's and inherits its filter.
 #[test]
 fn what_a_vcpu_may_do_the_event_loop_may_do() {
-    let vmm = list("vmm");
-    for rule in list("vcpu") {
-        let covers = |other: &Value| {
-            call(other) == call(&rule)
-                && (other.get("args").is_none() || other["args"] == rule["args"])
-        };
-        assert!(vmm.iter().any(covers), "{rule}");
+    for c_library in C_LIBRARIES {
+        let vmm = list("vmm", c_library);
+        for rule in list("vcpu", c_library) {
+            let covers = |other: &Value| {
+                call(other) == call(&rule)
+                    && (other.get("args").is_none() || other["args"] == rule["args"])
+            };
+            assert!(vmm.iter().any(covers), "{rule}");
+        }
     }
 }
 
 #[test]
 fn the_lists_together_are_a_file_of_the_users() {
-    let mut document = json!({});
-    for thread in THREADS {
-        let mut rules = list(thread);
-        if cfg!(debug_assertions) {
-            rules.extend(read("debug").as_array().unwrap().clone());
-        }
-        document[thread] = json!({
-            "default_action": "trap", "filter_action": "allow", "filter": rules,
-        });
-    }
+    let c_library = match cfg!(target_env = "musl") {
+        true => "musl",
+        false => "gnu",
+    };
+    let document = all_lists(c_library, cfg!(debug_assertions));
     let [api, vmm, vcpu] = compile(document.to_string().as_bytes()).unwrap();
     let built_in = Filters::built_in();
     assert_eq!(built_in.api[..], api[..]);

@@ -43,7 +43,7 @@ impl Kick {
     pub fn interrupt(&self, thread: &JoinHandle<()>) {
         self.hold();
         // SAFETY: the handle is not joined yet, so the thread id is valid; the signal has a handler.
-        unsafe { libc::pthread_kill(thread.as_pthread_t(), signal_number()) };
+        unsafe { libc::pthread_kill(thread.as_pthread_t() as libc::pthread_t, signal_number()) };
     }
 
     /// Lets KVM_RUN end what the last exit began, and no more.

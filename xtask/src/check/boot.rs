@@ -19,7 +19,7 @@ use super::captured::Captured;
 use super::instructions::{Counted, version};
 use crate::cache::Cache;
 use crate::lab::{Kernel, Lab, Place, Streams};
-use crate::programs::{Profile, Programs};
+use crate::programs::{Profile, Programs, target};
 use crate::progress::Progress;
 use crate::run::Built;
 
@@ -77,7 +77,8 @@ pub fn count(progress: &Progress) -> Result<Counted> {
         built.image,
         script,
     ];
-    let tools = tools(&Kernel::get(&cache, progress)?)?;
+    let mut tools = tools(&Kernel::get(&cache, progress)?)?;
+    tools.push(target(progress).to_owned());
     let step = progress.step("counting instructions of a boot");
     // Side by side: each has one processor.
     let (first, second) = thread::scope(|scope| {

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::instructions::{Counted, version};
 use crate::packages;
-use crate::programs::{Profile, Programs};
+use crate::programs::{Profile, Programs, target};
 use crate::progress::Progress;
 
 /// A path is taken so often, and then so often: the difference has no start and no end in it.
@@ -38,7 +38,11 @@ pub fn count(progress: &Progress) -> Result<Counted> {
     }
     step.done("done");
     Ok(Counted {
-        tools: vec![version("rustc")?, version("valgrind")?],
+        tools: vec![
+            version("rustc")?,
+            version("valgrind")?,
+            target(progress).to_owned(),
+        ],
         instructions,
     })
 }

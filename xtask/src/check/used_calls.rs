@@ -16,7 +16,7 @@ use super::counts::Counts;
 use super::lab_tests::Program;
 use super::{Environment, counted};
 use crate::packages;
-use crate::programs::workspace;
+use crate::programs::{c_library, workspace};
 use crate::progress::Progress;
 
 /// What this check is called on the command line.
@@ -93,7 +93,7 @@ pub fn run(progress: &Progress, programs: &[Program], environment: &Environment)
             eprintln!("{name}: not all tests hold when their VMMs are traced");
         }
     }
-    let mut lists = Lists::read()?;
+    let mut lists = Lists::read(c_library(progress))?;
     for entry in fs::read_dir(&traces)? {
         lists.follow(&String::from_utf8_lossy(&fs::read(entry?.path())?));
     }
@@ -173,16 +173,21 @@ impl Rule {
 struct Lists(BTreeMap<&'static str, Vec<Rule>>);
 
 impl Lists {
-    fn read() -> Result<Self> {
+    /// Those of a VMM with this C library.
+    fn read(c_library: &str) -> Result<Self> {
+        let read = |name: &str| -> Result<Value> {
+            let path = workspace().join(format!("resources/seccomp/x86_64/{name}.json"));
+            Ok(serde_json::from_slice(&fs::read(&path)?)?)
+        };
+        let of_library = read(c_library)?;
         let mut lists = BTreeMap::new();
         for thread in ["api", "vmm", "vcpu"] {
-            let path = workspace().join(format!("resources/seccomp/x86_64/{thread}.json"));
-            let list: Value = serde_json::from_slice(&fs::read(&path)?)?;
-            lists.insert(
-                thread,
-                rules(&list[thread]["filter"])
-                    .with_context(|| format!("{}: a rule of an unknown form", path.display()))?,
-            );
+            let list = &read(thread)?[thread]["filter"];
+            let both = rules(list).zip(rules(&of_library[thread]));
+            let (mut all, more) =
+                both.with_context(|| format!("{thread}, {c_library}: a rule of an unknown form"))?;
+            all.extend(more);
+            lists.insert(thread, all);
         }
         Ok(Lists(lists))
     }
@@ -229,7 +234,7 @@ impl Lists {
         let (excused, faults): (Vec<_>, Vec<_>) = unused.partition(|(_, rule)| rule.excused);
         let faults = faults
             .iter()
-            .map(|(thread, rule)| format!("{thread}.json: {}", rule.text));
+            .map(|(thread, rule)| format!("{thread}: {}", rule.text));
         (faults.collect(), excused.len())
     }
 }
@@ -358,6 +363,8 @@ mod tests {
 
     #[test]
     fn the_lists_can_be_read() {
-        assert!(Lists::read().unwrap().0["vmm"].len() > 50);
+        for c_library in ["gnu", "musl"] {
+            assert!(Lists::read(c_library).unwrap().0["vmm"].len() > 50);
+        }
     }
 }
