@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{CWD, FlockOperation, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -146,7 +146,7 @@ fn take_place(
     // Held open, so that no other file has its number meanwhile.
     // Not by the standard library: with musl it takes O_PATH for a way of access, and leaves it out.
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let found = match rustix::fs::open(path, flags, Mode::empty()) {
+    let found = match openat(CWD, path, flags, Mode::empty()) {
         Ok(found) => Some(File::from(found)),
         Err(Errno::NOENT) => None,
         Err(_) => return Err(exists()),

@@ -14,7 +14,7 @@ use landlock::{
     ABI, Access, AccessFs, BitFlags, PathBeneath, Ruleset, RulesetAttr, RulesetCreatedAttr,
     RulesetError, RulesetStatus, Scope, make_bitflags,
 };
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{CWD, Mode, OFlags, openat};
 
 /// What is denied unless allowed, where the kernel knows it. Later versions would also want to be asked for the sockets
 /// of the host that a guest connects to.
@@ -112,7 +112,7 @@ impl Reach {
 
     /// What cannot be found now is left out.
     fn allow(&mut self, path: &Path, access: BitFlags<AccessFs>) {
-        if let Ok(place) = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
+        if let Ok(place) = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
             self.rules.push(PathBeneath::new(place, access));
         }
     }

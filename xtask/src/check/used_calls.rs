@@ -330,8 +330,8 @@ mod tests {
         let (unused, excused) = lists.unused();
         // What came before the filter does not count, nor does another argument.
         assert_eq!(unused.len(), 2, "{unused:?}");
-        assert!(unused[0].starts_with("vcpu.json: ") && unused[0].contains("44673"));
-        assert!(unused[1].starts_with("vmm.json: ") && unused[1].contains("\"read\""));
+        assert!(unused[0].starts_with("vcpu: ") && unused[0].contains("44673"));
+        assert!(unused[1].starts_with("vmm: ") && unused[1].contains("\"read\""));
         assert_eq!(excused, 1);
     }
 
