@@ -82,6 +82,7 @@ fn passes_through(cache: &Cache) -> Result<()> {
         test -c /dev/kvm && grep -q svm /proc/cpuinfo && echo kvm
         grep -o 'Cpus_allowed_list.*' /proc/self/status
         cat /proc/sys/kernel/softlockup_panic /proc/sys/kernel/watchdog_thresh
+        ls -l /proc/[0-9]*/fd 2>/dev/null | grep -c kvm-vcpu:
         echo kept >kept/file; echo lost >lost; cat lost
         (echo x >seen/file) 2>/dev/null || echo read-only
         sleep 1000 &
@@ -99,7 +100,7 @@ fn passes_through(cache: &Cache) -> Result<()> {
     let ran = in_lab(cache, host(&path, shares), TIMEOUT, &["sh", "-c", SCRIPT]);
     ensure!(ran.result?.status == 42, "the exit status is not 42");
     let expected = format!(
-        "{}\nit's \"quoted\" $HOME\nkvm\nCpus_allowed_list:\t1-2\n1\n30\nlost\nread-only\n",
+        "{}\nit's \"quoted\" $HOME\nkvm\nCpus_allowed_list:\t1-2\n1\n30\n1\nlost\nread-only\n",
         path.display()
     );
     ensure!(ran.output == expected, "stdout: {:?}", ran.output);

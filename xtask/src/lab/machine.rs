@@ -23,7 +23,7 @@ const COMMAND_LINE: &str = "console=ttyS0 quiet reboot=k panic=-1 mitigations=of
                             no_timer_check lpj=5200000 cryptomgr.notests";
 
 /// A lab whose kernel stands still for a minute panics, with what each processor was at, rather than to go on until somebody
-/// ends it. A command in it cannot do that; QEMU was seen to, about once in two hundred labs.
+/// ends it. A command in it cannot do that; QEMU was seen to, about once in two hundred labs (`start.sh` has one cause).
 const STANDSTILL: &str = "softlockup_panic=1 watchdog_thresh=30 panic_print=0x40";
 
 /// Processors that no program runs on, and with it no guest: the first. Whenever any other loads the state of its x87 unit, as
