@@ -12,11 +12,12 @@
 //! may be under way at once; that they block is the flow control. Left aside: `tarpc` and the
 //! gRPC libraries (an asynchronous runtime in PID 1, a slower start, a larger image), `capnp-rpc`
 //! (the same, and a code generator in C++ on the build machine), and a framing of our own.
-//! All code is generated in Rust by `build.rs`; no `protoc` is needed.
+//! All code is generated in Rust by `build.rs`; no `protoc` is needed. The host's side of the framing is ours
+//! (`client/calls.rs` says why).
 //!
 //! # Who trusts whom
 //! The guest trusts its host; the host does not trust its guest. So [`client`] bounds all that a
-//! guest sends: messages (4 MiB, by ttrpc), the ready line, texts that reach a person's terminal.
+//! guest sends: messages (4 MiB), the ready line, texts that reach a person's terminal.
 //! In the guest only the host may connect: connections from the guest's own processes are refused.
 
 pub mod client;

@@ -1,23 +1,25 @@
 //! The host's side of the protocol. All that comes from the guest is bounded here: see the crate's
 //! own documentation.
 
+mod calls;
 mod connect;
 
 use std::ffi::{OsStr, OsString};
-use std::os::fd::IntoRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use ttrpc::context::{Context, with_duration};
-
 pub use connect::{ConnectError, connect_vsock};
 
 use crate::protocol::{self as proto, exec_response, wait_response};
+use calls::Calls;
 
 /// How long a call that does not block may take: a guest that is slower is stuck.
-const PATIENCE: Duration = Duration::from_secs(30);
+const BOUNDED: Option<Duration> = Some(Duration::from_secs(30));
+
+/// For calls that block until the guest has what they wait for, or the connection ends.
+const UNBOUNDED: Option<Duration> = None;
 
 /// The longest text taken from a guest, in characters.
 const MAX_TEXT: usize = 256;
@@ -51,15 +53,6 @@ pub enum ExecError {
     /// The call itself failed.
     #[error(transparent)]
     Call(#[from] CallError),
-}
-
-impl From<ttrpc::Error> for CallError {
-    fn from(error: ttrpc::Error) -> Self {
-        match error {
-            ttrpc::Error::RpcStatus(status) => Self::Refused(printable(&status.message)),
-            other => Self::Connection(printable(&other.to_string())),
-        }
-    }
 }
 
 /// What the agent says of itself and its guest. Texts are printable and bounded.
@@ -144,7 +137,7 @@ pub enum Output {
 /// A connection with the agent. Clones share it. Processes live no longer than it does.
 #[derive(Clone)]
 pub struct Client {
-    rpc: proto::AgentClient,
+    rpc: Calls,
 }
 
 impl Client {
@@ -161,11 +154,8 @@ impl Client {
     /// # Errors
     /// [`ConnectError::Setup`] when the host lacks the resources.
     pub fn from_stream(stream: UnixStream) -> Result<Self, ConnectError> {
-        let client = ttrpc::Client::new(stream.into_raw_fd())
-            .map_err(|e| ConnectError::Setup(e.to_string()))?;
-        Ok(Self {
-            rpc: proto::AgentClient::new(client),
-        })
+        let rpc = Calls::over(stream)?;
+        Ok(Self { rpc })
     }
 
     /// Asks the agent about itself and its guest, and checks that it speaks our protocol.
@@ -173,7 +163,8 @@ impl Client {
     /// # Errors
     /// See [`CallError`].
     pub fn info(&self) -> Result<Info, CallError> {
-        let info = self.rpc.get_info(bounded(), &Default::default())?;
+        let request = proto::GetInfoRequest::default();
+        let info: proto::GetInfoResponse = self.rpc.call("GetInfo", BOUNDED, &request)?;
         if info.protocol_version != crate::PROTOCOL_VERSION {
             return Err(CallError::Malformed("another version of the protocol"));
         }
@@ -209,10 +200,7 @@ impl Client {
             terminal: exec.terminal.map(proto::TerminalSize::from).into(),
             ..Default::default()
         };
-        let response = self
-            .rpc
-            .exec(bounded(), &request)
-            .map_err(CallError::from)?;
+        let response: proto::ExecResponse = self.rpc.call("Exec", BOUNDED, &request)?;
         match response.outcome {
             Some(exec_response::Outcome::Process(id)) => Ok(Process {
                 rpc: self.rpc.clone(),
@@ -237,12 +225,10 @@ impl Client {
     /// # Errors
     /// See [`CallError`].
     pub fn shutdown(&self) -> Result<(), CallError> {
-        match self.rpc.shutdown(bounded(), &Default::default()) {
-            Ok(_) => Ok(()),
-            Err(error) => match error.into() {
-                CallError::Connection(_) => Ok(()),
-                error => Err(error),
-            },
+        let request = proto::ShutdownRequest::default();
+        match self.rpc.call("Shutdown", BOUNDED, &request) {
+            Ok(proto::ShutdownResponse { .. }) | Err(CallError::Connection(_)) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 }
@@ -251,7 +237,7 @@ impl Client {
 /// [`write_stdin`](Self::write_stdin) at a time.
 #[derive(Clone)]
 pub struct Process {
-    rpc: proto::AgentClient,
+    rpc: Calls,
     id: u64,
 }
 
@@ -268,7 +254,9 @@ impl Process {
                 data: chunk.to_vec(),
                 ..Default::default()
             };
-            if self.rpc.write_stdin(Context::default(), &request)?.closed {
+            let response: proto::WriteStdinResponse =
+                self.rpc.call("WriteStdin", UNBOUNDED, &request)?;
+            if response.closed {
                 return Ok(false);
             }
         }
@@ -284,7 +272,7 @@ impl Process {
             process: self.id,
             ..Default::default()
         };
-        self.rpc.close_stdin(Context::default(), &request)?;
+        let _: proto::CloseStdinResponse = self.rpc.call("CloseStdin", UNBOUNDED, &request)?;
         Ok(())
     }
 
@@ -304,7 +292,8 @@ impl Process {
             stream: stream.into(),
             ..Default::default()
         };
-        Ok(self.rpc.read(Context::default(), &request)?.data)
+        let response: proto::ReadResponse = self.rpc.call("Read", UNBOUNDED, &request)?;
+        Ok(response.data)
     }
 
     /// Tells the process's terminal its new size.
@@ -317,7 +306,7 @@ impl Process {
             size: Some(size.into()).into(),
             ..Default::default()
         };
-        self.rpc.resize(bounded(), &request)?;
+        let _: proto::ResizeResponse = self.rpc.call("Resize", BOUNDED, &request)?;
         Ok(())
     }
 
@@ -331,7 +320,8 @@ impl Process {
             signal: signal.into(),
             ..Default::default()
         };
-        Ok(!self.rpc.signal(bounded(), &request)?.ended)
+        let response: proto::SignalResponse = self.rpc.call("Signal", BOUNDED, &request)?;
+        Ok(!response.ended)
     }
 
     /// Waits for the process to end. The agent forgets a process that was waited for and whose
@@ -344,7 +334,7 @@ impl Process {
             process: self.id,
             ..Default::default()
         };
-        let response = self.rpc.wait(Context::default(), &request)?;
+        let response: proto::WaitResponse = self.rpc.call("Wait", UNBOUNDED, &request)?;
         let byte = |value: u32| {
             u8::try_from(value).map_err(|_| CallError::Malformed("an exit status beyond 255"))
         };
@@ -354,10 +344,6 @@ impl Process {
             _ => Err(CallError::Malformed("no exit status")),
         }
     }
-}
-
-fn bounded() -> Context {
-    with_duration(PATIENCE)
 }
 
 /// A guest's text, safe to show on a person's terminal.
@@ -371,6 +357,31 @@ fn printable(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::Shutdown;
+    use std::sync::mpsc;
+
+    /// A peer that has ended only its own half takes requests still, and nobody answers them.
+    #[test]
+    fn what_is_asked_after_the_end_fails() {
+        let (host, guest) = UnixStream::pair().unwrap();
+        let client = Client::from_stream(host).unwrap();
+        guest.shutdown(Shutdown::Write).unwrap();
+        let process = Process {
+            rpc: client.rpc.clone(),
+            id: 1,
+        };
+        // The end is known at the latest when the first call has failed.
+        for call in 1..=2 {
+            let (done, answer) = mpsc::channel();
+            let process = process.clone();
+            std::thread::spawn(move || done.send(process.wait()));
+            let answer = answer.recv_timeout(Duration::from_secs(30));
+            assert!(
+                matches!(answer, Ok(Err(CallError::Connection(_)))),
+                "call {call}: {answer:?}"
+            );
+        }
+    }
 
     #[test]
     fn a_guests_text_is_bounded_and_printable() {
