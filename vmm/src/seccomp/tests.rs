@@ -1,4 +1,4 @@
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 
 use proptest::prelude::*;
@@ -67,6 +67,40 @@ fn the_lists_stay_within_their_bounds() {
             .map(|rule| call(&rule))
             .collect();
         assert!(calls.len() <= MAX_CALLS, "{}: {calls:?}", calls.len());
+    }
+}
+
+fn calls(rules: &[Value]) -> usize {
+    rules.iter().map(call).collect::<BTreeSet<_>>().len()
+}
+
+#[test]
+fn the_document_has_the_numbers_of_rules_and_calls() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/SECURITY.md");
+    let document = std::fs::read_to_string(path).unwrap();
+    // The table's columns: the list, the thread, rules and calls with musl, the same with glibc, Firecracker's.
+    let row = |name: &str| -> Vec<&str> {
+        let start = format!("| {name} |");
+        let row = document.lines().find(|line| line.starts_with(&start));
+        let row = row.unwrap_or_else(|| panic!("{name} is not in the table"));
+        row.split('|').skip(3).map(str::trim).collect()
+    };
+    let counts = |c_library: &str| {
+        let mut all = Vec::new();
+        let mut counts = BTreeMap::new();
+        for thread in THREADS {
+            let rules = list(thread, c_library);
+            let numbers = [rules.len().to_string(), calls(&rules).to_string()];
+            counts.insert(format!("`{thread}.json`"), numbers);
+            all.extend(rules);
+        }
+        counts.insert("all".to_owned(), [String::new(), calls(&all).to_string()]);
+        counts
+    };
+    let (musl, glibc) = (counts("musl"), counts("gnu"));
+    for (name, musl) in &musl {
+        let wanted = [&musl[..], &glibc[name][..]].concat();
+        assert_eq!(row(name)[..4], wanted[..], "docs/SECURITY.md, {name}");
     }
 }
 
