@@ -27,6 +27,7 @@ pub mod heir;
 pub mod host_socket;
 pub mod jail;
 pub mod linux;
+pub mod loop_device;
 pub mod metal;
 pub mod origin;
 pub mod programs;

@@ -1,11 +1,14 @@
-//! A host whose storage fails under a running Linux guest: a full file system, and a block device with bad sectors.
+//! A host whose storage fails under a running Linux guest: a full file system, a block device with bad sectors, and loop
+//! devices whose files are cut.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use lepton_agent::client::ExitStatus;
 use lepton_tests::linux::{self, Linux, drive};
+use lepton_tests::loop_device::{self, Ext4, LoopDevice};
 use lepton_tests::small::SmallFileSystem;
 use lepton_tests::suite::{self, Need, Order};
 use lepton_tests::test;
@@ -15,15 +18,25 @@ fn main() -> ExitCode {
     suite::run(
         Order::OneByOne,
         &linux::NEEDS,
-        [test!(a_full_disk_and_bad_sectors_reach_the_guest)
-            .needs(Need::Root)
-            .needs(Need::Program("mount"))
-            .needs(Need::Program("modprobe"))],
+        [
+            test!(a_full_disk_and_bad_sectors_reach_the_guest)
+                .needs(Need::Root)
+                .needs(Need::Program("mount"))
+                .needs(Need::Program("modprobe")),
+            loop_device::NEEDS.into_iter().fold(
+                test!(files_cut_under_loop_devices_reach_the_guest),
+                |test, need| test.needs(need),
+            ),
+        ],
     )
 }
 
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
+
+/// How the VMM's log has these: what C libraries call them differs.
+const IO_ERROR: &str = "(os error 5)";
+const NO_SPACE: &str = "(os error 28)";
 
 #[track_caller]
 fn succeeds(program: &str, arguments: &[&str]) {
@@ -143,7 +156,7 @@ fn a_full_disk_and_bad_sectors_reach_the_guest() {
         let script = format!("dd if=/dev/zero of=/dev/{device} bs=65536 seek=16 oflag=direct");
         io_error(&guest, device, &script);
     }
-    guest.vmm.stdout.wait_for("failed: No space left on device");
+    guest.vmm.stdout.wait_for(NO_SPACE);
     for (device, (id, path, _)) in ["vdb", "vdc"].into_iter().zip(&images) {
         has_kept(&guest, device, &kept);
         let bytes = fs::read(path).expect("the image is there");
@@ -171,8 +184,80 @@ fn a_full_disk_and_bad_sectors_reach_the_guest() {
         io_error(&guest, device, &write);
         has_kept(&guest, device, &kept);
     }
-    // Each C library has a text of its own for EIO.
-    guest.vmm.stdout.wait_for("(os error 5)");
+    guest.vmm.stdout.wait_for(IO_ERROR);
     guest.shut_down();
     drop(bad);
+}
+
+/// Takes all the room that is left in the file system of `path`.
+#[track_caller]
+fn take_all_room(path: &Path) {
+    let mut file = File::create(path).expect("a file can be made");
+    let chunk = vec![1; 64 * KIB];
+    loop {
+        match file.write_all(&chunk).and_then(|()| file.sync_all()) {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::StorageFull => break,
+            Err(error) => panic!("{}: {error}", path.display()),
+        }
+    }
+}
+
+fn files_cut_under_loop_devices_reach_the_guest() {
+    const CUT: usize = 8 * MIB;
+    let small = SmallFileSystem::of_mib(64);
+    let host = Ext4::in_file(&small.image("ext4", 48 * MIB as u64));
+    let drives =
+        [("sync", "Sync", "vdb"), ("async", "Async", "vdc")].map(|(id, engine, device)| {
+            let path = host.path(id);
+            let file = File::create(&path).expect("a file can be made");
+            file.set_len(16 * MIB as u64).expect("it can have a hole");
+            (id, engine, device, file, LoopDevice::over(&path, true))
+        });
+    let guest = Linux::boot("quiet", |_, config| {
+        let list = config["drives"].as_array_mut().expect("a list");
+        list.extend(drives.iter().map(|(id, engine, _, _, disk)| {
+            let mut drive: Value = drive(id, disk.path(), engine, false);
+            drive["cache_type"] = json!("Writeback");
+            drive
+        }));
+    });
+    let kept: Vec<u8> = (0..512 * KIB).map(|i| (i / 509) as u8).collect();
+    // The last block that is there and the first one that is not, once the file is cut.
+    let first = CUT / 65536;
+    let read = |device: &str, block: usize| {
+        format!("dd if=/dev/{device} of=/dev/null bs=65536 skip={block} count=1 iflag=direct")
+    };
+    let write = |device: &str, block: usize| {
+        format!(
+            "dd if=/dev/zero of=/dev/{device} bs=65536 seek={block} count=1 oflag=direct conv=fsync"
+        )
+    };
+    for (_, _, device, file, disk) in &drives {
+        keeps(&guest, device, &kept);
+        guest.sh(&write(device, first));
+        guest.sh(&read(device, first));
+        file.set_len(CUT as u64).expect("it can be cut");
+        disk.drop_cache();
+    }
+    take_all_room(&host.path("ballast"));
+    for (_, _, device, _, disk) in &drives {
+        guest.sh(&read(device, first - 1));
+        io_error(&guest, device, &read(device, first));
+        has_kept(&guest, device, &kept);
+        // A write would make the file longer, but for the room: its flush fails.
+        io_error(&guest, device, &write(device, first));
+        disk.drop_cache();
+        has_kept(&guest, device, &kept);
+    }
+    guest.vmm.stdout.wait_for(IO_ERROR);
+    // With room again, the same drives go on.
+    fs::remove_file(host.path("ballast")).expect("the ballast is there");
+    for (_, _, device, _, disk) in &drives {
+        guest.sh(&write(device, first));
+        disk.drop_cache();
+        guest.sh(&read(device, first));
+        has_kept(&guest, device, &kept);
+    }
+    guest.shut_down();
 }
