@@ -446,6 +446,7 @@ fn replies_have_the_described_fields() {
             "Cloned",
             json!(Cloned {
                 pause_us: 1,
+                copied_bytes: 4096,
                 children: vec![copy]
             }),
         ),

@@ -71,6 +71,8 @@ pub struct CloneOverlay {
 pub struct Cloned {
     /// Microseconds for which the machine stood still.
     pub pause_us: u64,
+    /// Bytes of memory that were copied meanwhile: what it had written since its last clone.
+    pub copied_bytes: u64,
     /// The copies, in the order of the request.
     pub children: Vec<ClonedChild>,
 }

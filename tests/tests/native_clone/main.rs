@@ -8,6 +8,7 @@ mod going_on;
 mod identity;
 mod refused;
 mod template;
+mod work;
 
 use std::process::ExitCode;
 
@@ -21,6 +22,7 @@ use going_on::*;
 use identity::*;
 use refused::*;
 use template::*;
+use work::*;
 
 const PROBE: Need = Need::File("LEPTON_PROBE");
 
@@ -35,6 +37,8 @@ fn main() -> ExitCode {
             test!(twenty_copies_of_a_machine_that_runs),
             test!(a_machine_is_cloned_again_and_again),
             test!(copies_of_copies),
+            test!(a_clone_copies_what_was_written_since).needs(PROBE),
+            test!(much_memory_is_let_go_while_the_guest_writes).needs(PROBE),
             test!(copies_wait_if_they_are_to),
             test!(a_copy_can_be_saved),
             test!(whoever_is_killed_the_others_go_on),

@@ -118,7 +118,12 @@ impl HandOver {
         let HandOver {
             heirs,
             state,
-            memory: Frozen { base, leftovers },
+            memory:
+                Frozen {
+                    base,
+                    copied,
+                    leftovers,
+                },
             drives,
             pause,
             resumed,
@@ -139,6 +144,7 @@ impl HandOver {
         let given = give(heirs, &machine, &base, drives, &terms, resumed);
         let result = given.map(|children| Cloned {
             pause_us: microseconds(pause),
+            copied_bytes: copied,
             children,
         });
         Finished { result, leftovers }

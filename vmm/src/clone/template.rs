@@ -89,6 +89,7 @@ impl Template {
             state: self.state.clone(),
             memory: Frozen {
                 base: self.memory.clone(),
+                copied: 0,
                 leftovers: Vec::new(),
             },
             drives: drives?,

@@ -148,8 +148,9 @@ impl Controller {
         let (state, mut memory, drives) = taken?;
         memory.leftovers.extend(parted);
         log::info!(
-            "machine cloned for {} processes; it stood still for {pause:?}",
-            heirs.count()
+            "machine cloned for {} processes; it stood still for {pause:?}, in which {} bytes of memory were copied",
+            heirs.count(),
+            memory.copied
         );
         Ok(HandOver {
             heirs,

@@ -59,6 +59,8 @@ impl Drop for OldMapping {
 pub struct Frozen {
     /// As it is now.
     pub base: Base,
+    /// Bytes that had to be copied for it.
+    pub copied: u64,
     /// What is to be dropped later.
     pub leftovers: Vec<OldMapping>,
 }
@@ -89,31 +91,29 @@ impl Ram {
         leftovers
     }
 
-    /// Copies what is this process's alone to `file`, which has the rest of memory.
-    fn write_back(&self, file: &File) -> io::Result<()> {
+    /// Copies what is this process's alone to `file`, which has the rest of memory, and says how many bytes that were.
+    fn write_back(&self, file: &File) -> io::Result<u64> {
         let base = Base::whole(file.try_clone()?, self.memory_bytes());
         let runs = private::runs(&self.memory, &base, self.pagemap.as_ref())?;
-        write_runs(&self.memory, file, &runs)
+        write_runs(&self.memory, file, &runs)?;
+        Ok(length(&runs))
     }
 
     /// Lets memory as it is now be a base for others and for this machine. The machine is paused.
     pub fn freeze(&mut self) -> Result<Frozen, FreezeError> {
         let bytes = self.memory_bytes();
-        let leftovers = match &self.origin {
-            Origin::Zeroes => {
-                self.write_delta(&Base::zero(bytes))?;
-                Vec::new()
-            }
+        let (copied, leftovers) = match &self.origin {
+            Origin::Zeroes => (self.write_delta(&Base::zero(bytes))?, Vec::new()),
             Origin::Base(base) => {
                 let base = base.clone();
-                self.write_delta(&base)?;
-                Vec::new()
+                (self.write_delta(&base)?, Vec::new())
             }
             Origin::Shared(file) => {
                 let file = file.try_clone()?;
-                if self.is_parting {
-                    self.write_back(&file)?;
-                }
+                let copied = match self.is_parting {
+                    true => self.write_back(&file)?,
+                    false => 0,
+                };
                 let mut leftovers = Vec::new();
                 let replaced = replace(&self.memory, &file, u64::MAX, &mut leftovers);
                 // Now that nobody writes to it any more.
@@ -125,7 +125,7 @@ impl Ram {
                 }
                 self.is_parting = false;
                 self.origin = Origin::Base(Base::whole(file, bytes));
-                leftovers
+                (copied, leftovers)
             }
             Origin::File(_) => return Err(FreezeError::Snapshot),
             Origin::Elsewhere(_) => return Err(FreezeError::Origin("another process")),
@@ -134,17 +134,18 @@ impl Ram {
         match &self.origin {
             Origin::Base(base) => Ok(Frozen {
                 base: base.clone(),
+                copied,
                 leftovers,
             }),
             _ => Err(FreezeError::Origin("nowhere")),
         }
     }
 
-    /// Copies what is not in `base` to a new file, and maps that in its place.
-    fn write_delta(&mut self, base: &Base) -> Result<(), FreezeError> {
+    /// Copies what is not in `base` to a new file, maps that in its place, and says how many bytes that were.
+    fn write_delta(&mut self, base: &Base) -> Result<u64, FreezeError> {
         let mut runs = private::runs(&self.memory, base, self.pagemap.as_ref())?;
         if runs.is_empty() && !base.extents().is_empty() {
-            return Ok(());
+            return Ok(0);
         }
         if base.is_full() {
             runs = union(runs, base.small_parts());
@@ -156,7 +157,7 @@ impl Ram {
         // Before it is so: a part that is not mapped from the file in the end counts as written, and that it is.
         self.origin = Origin::Base(next.clone());
         next.map(&self.memory, Some(&runs))?;
-        Ok(())
+        Ok(length(&runs))
     }
 }
 
@@ -171,6 +172,11 @@ pub(super) fn with_few(base: &Base, file: &File, runs: &mut Runs) -> io::Result<
         next = base.with(file.try_clone()?, runs);
     }
     Ok(next)
+}
+
+/// Bytes in all of them.
+fn length(runs: &Runs) -> u64 {
+    runs.iter().map(|(_, bytes)| bytes).sum()
 }
 
 /// Writes parts of memory to their places in a file.
