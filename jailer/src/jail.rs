@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::process::exit;
 
-use rustix::fs::Mode;
+use rustix::fs::{Mode, OFlags};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, getpid, pidfd_open, umask};
@@ -20,7 +20,7 @@ use crate::copy::{Copy, Copying};
 use crate::error::JailError;
 use crate::folder::Owner;
 use crate::keeper::{self, AllMade, Keeper, Pooled};
-use crate::plan::{Handed, Maker, Plan};
+use crate::plan::{Handed, Maker, PROC, Plan};
 use crate::process::{self, HeldSignals, Side};
 use crate::report::{self, Reporter};
 use crate::tree::{PidFile, Tree};
@@ -227,11 +227,11 @@ impl Jail {
         written: impl FnOnce() -> Result<(), JailError>,
         ready: impl FnOnce(),
     ) -> JailError {
-        match self.confine(written) {
-            Ok(()) => {}
+        let process = match self.confine(written) {
+            Ok(process) => process,
             Err(error) => return error,
-        }
-        let arguments = match self.arguments(clock) {
+        };
+        let arguments = match self.arguments(process.as_ref(), clock) {
             Ok(arguments) => arguments,
             Err(error) => return error,
         };
@@ -244,7 +244,11 @@ impl Jail {
         JailError::Exec { path, source }
     }
 
-    fn confine(&self, written: impl FnOnce() -> Result<(), JailError>) -> Result<(), JailError> {
+    /// Returns what the VMM gets because it has no /proc, if there is one here.
+    fn confine(
+        &self,
+        written: impl FnOnce() -> Result<(), JailError>,
+    ) -> Result<Option<Handed>, JailError> {
         let owner = match self.plan.maker {
             Maker::Root => Some(self.plan.owner),
             Maker::User => {
@@ -256,6 +260,7 @@ impl Jail {
             move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))
                 .map_err(|error| JailError::Setns(error.into()))?;
         }
+        let process = own_process();
         root::enter(self.tree.root())?;
         if let Some(null) = &self.plan.null {
             for result in [dup2_stdin(null), dup2_stdout(null), dup2_stderr(null)] {
@@ -270,14 +275,14 @@ impl Jail {
         }
         limits::set(&self.plan.limits)?;
         privileges::give_up(owner)?;
-        for handed in &self.plan.handed {
+        for handed in self.plan.handed.iter().chain(&process) {
             fcntl_setfd(&handed.fd, FdFlags::empty())
                 .map_err(|error| JailError::Inherited(error.into()))?;
         }
-        Ok(())
+        Ok(process)
     }
 
-    fn arguments(&self, clock: Clock) -> Result<Vec<CString>, JailError> {
+    fn arguments(&self, process: Option<&Handed>, clock: Clock) -> Result<Vec<CString>, JailError> {
         let (start, start_cpu, parent_cpu) = clock.now();
         let mut all = vec![self.tree.program_path()];
         for (name, value) in [
@@ -288,7 +293,7 @@ impl Jail {
         ] {
             all.extend([OsString::from(name), value.into()]);
         }
-        for Handed { option, fd } in &self.plan.handed {
+        for Handed { option, fd } in self.plan.handed.iter().chain(process) {
             all.extend([OsString::from(option), fd.as_raw_fd().to_string().into()]);
         }
         all.extend(self.plan.arguments.iter().cloned());
@@ -296,4 +301,12 @@ impl Jail {
             .map(|argument| CString::new(argument.into_vec()).map_err(|_| JailError::Argument))
             .collect()
     }
+}
+
+/// This process's folder in /proc, from which the VMM learns which pages of its memory were written. A descriptor of the file
+/// itself would tell of the memory that this program has.
+fn own_process() -> Option<Handed> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let fd = rustix::fs::open("/proc/self", flags, Mode::empty()).ok()?;
+    Some(Handed { option: PROC, fd })
 }

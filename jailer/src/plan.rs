@@ -153,6 +153,8 @@ fn named_base(path: PathBuf) -> Result<Folder, JailError> {
 
 const KVM: &str = "--kvm-fd";
 const TAP: &str = "--tap-fd";
+/// The VMM's option for its folder in /proc.
+pub const PROC: &str = "--proc-fd";
 /// The VMM's option for the connection over which it becomes a machine.
 pub const ADOPT: &str = "--adopt-fd";
 

@@ -365,6 +365,18 @@ impl Jailed {
             .collect()
     }
 
+    /// Checks that of /proc it has what tells which pages of its own memory were written, and no way to anything else.
+    #[track_caller]
+    pub fn assert_only_its_pagemap(&self) {
+        let all = self.descriptors();
+        let folder = format!("/{}", self.pid);
+        let of_proc = all.iter().filter(|to| to.contains(&folder));
+        let of_proc: Vec<_> = of_proc.collect();
+        let pagemap = format!("{folder}/pagemap");
+        assert!(!of_proc.is_empty(), "{all:?}");
+        assert!(of_proc.iter().all(|to| to.ends_with(&pagemap)), "{all:?}");
+    }
+
     /// Sends a signal to the VMM.
     #[track_caller]
     pub fn signal(&self, signal: Signal) {

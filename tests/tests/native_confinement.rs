@@ -526,9 +526,14 @@ fn others_of_the_same_user_cannot_look_into_it() {
             .uid()
     };
     let owners = [owner("mem"), owner("fd"), owner("maps")];
+    let descriptors = fs::read_dir(format!("/proc/{}/fd", child.id())).expect("we are root");
+    let knows_its_pages = descriptors
+        .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+        .any(|to| to.ends_with("pagemap"));
     child.kill().expect("it runs");
     child.wait().expect("it has ended");
     assert_eq!(owners, [0; 3]);
+    assert!(knows_its_pages, "nor can it itself, but before it is so");
     // What the check is worth: a process that is dumpable belongs to its user.
     let mut other = Command::new("cat")
         .uid(NOBODY)

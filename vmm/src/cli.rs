@@ -93,6 +93,11 @@ pub struct Cli {
     #[arg(long, value_name = "NUMBER", value_parser = parse_descriptor)]
     pub tap_fd: Vec<RawFd>,
 
+    /// Inherited descriptor of this process's folder in /proc, where there is none in a jail. It is closed before anything
+    /// else is done; what stays open tells which pages of memory were written.
+    #[arg(long, value_name = "NUMBER", value_parser = parse_descriptor)]
+    pub proc_fd: Option<RawFd>,
+
     /// Unix socket on which this process waits to become a copy of a machine that another one clones.
     #[arg(long, value_name = "PATH", conflicts_with = "config_file")]
     pub adopt: Option<PathBuf>,

@@ -15,6 +15,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberOp
 use lepton_api::types::{Logger, MetricsTarget};
 use lepton_api::{Action, Server, StopHandle, config_file};
 use lepton_hostio::arguments;
+use lepton_hostio::inherited;
 use lepton_hostio::listener::{self, BindError, SocketFile};
 use lepton_hostio::scheduler::ask_for_usual_slices;
 use lepton_hostio::tap::Tap;
@@ -27,7 +28,7 @@ use lepton_vmm::exit::ExitCode;
 use lepton_vmm::identity::Entropy;
 use lepton_vmm::kvm;
 use lepton_vmm::machine::generation::Generation;
-use lepton_vmm::memory;
+use lepton_vmm::memory::{self, present};
 use lepton_vmm::overlay::{self, OverlayFailure};
 use lepton_vmm::process;
 use lepton_vmm::reach;
@@ -93,6 +94,7 @@ extern "C" fn main(count: c_int, first: *const *const c_char) -> c_int {
 
 /// `lepton-vmm overlay ...`: no machine, and nothing of a guest's.
 fn on_overlay(arguments: Vec<OsString>) -> ExitCode {
+    process::close_to_others();
     match overlay::run(arguments.into_iter().skip(1)) {
         Ok(text) => {
             print!("{text}");
@@ -113,6 +115,8 @@ fn on_overlay(arguments: Vec<OsString>) -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<ExitCode, Failure> {
+    let inherited = take_descriptors(&cli)?;
+    process::close_to_others();
     let filters = match &cli.seccomp_filter {
         _ if cli.no_seccomp => Filters::none(),
         None => Filters::built_in(),
@@ -125,7 +129,6 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         reach::keep_files();
     }
     let host = |what| failure::<io::Error>(ExitCode::Failure, what);
-    let inherited = take_descriptors(&cli)?;
     let allow_path = allowed_paths(&cli)?;
     // The log first: what the API's thread says is to go where the command line says.
     lepton_vmm::log::init(cli.id());
@@ -240,7 +243,10 @@ fn take_descriptors(cli: &Cli) -> Result<Option<Source>, Failure> {
         Tap::hand_in(*number).map_err(failure(ExitCode::BadArguments, "--tap-fd"))?;
     }
     let source = cli.adopt_fd.map(Source::inherited).transpose();
-    source.map_err(failure(ExitCode::BadArguments, "--adopt-fd"))
+    let source = source.map_err(failure(ExitCode::BadArguments, "--adopt-fd"))?;
+    let process = cli.proc_fd.map(inherited::take).transpose();
+    present::prepare(process.map_err(failure(ExitCode::BadArguments, "--proc-fd"))?);
+    Ok(source)
 }
 
 fn log_settings(cli: &Cli) -> Logger {

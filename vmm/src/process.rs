@@ -29,14 +29,18 @@ pub fn start(program: Option<&OsString>) {
     streams::keep();
     // SAFETY: no other thread exists yet, and ignoring a signal runs no code.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
-    // No core dump, and no other process of the same user attaches to this one or reads its memory and files in /proc.
-    // It fails only for a value that the kernel does not know.
-    let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     if let Some(program) = program {
         name_after(Path::new(program));
     }
     // A guest or a client waits for whatever any thread does, but a vCPU's.
     ask_for_short_slices();
+}
+
+/// No core dump, and no other process of the same user attaches to this one or reads its memory and files in /proc. Nor does
+/// this one, unless it is root's.
+pub fn close_to_others() {
+    // It fails only for a value that the kernel does not know.
+    let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
 }
 
 /// Gives the first thread, and with it the process, the name of the program. A jailer runs it by a descriptor, and kernels

@@ -76,6 +76,10 @@ fn main() -> ExitCode {
             test!(a_jailed_machine_has_jailed_copies)
                 .needs(Need::Root)
                 .needs(Need::Kvm),
+            test!(a_jailed_machine_lets_go_of_memory_while_its_guest_writes)
+                .needs(Need::Root)
+                .needs(Need::Kvm)
+                .needs(Need::File("LEPTON_PROBE")),
             test!(without_root_a_guest_boots)
                 .needs(Need::Root)
                 .needs(Need::Kvm),

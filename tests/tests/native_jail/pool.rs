@@ -96,7 +96,7 @@ impl Drop for Pool {
 }
 
 #[track_caller]
-fn wait_until(what: &str, so: impl Fn() -> bool) {
+pub fn wait_until(what: &str, so: impl Fn() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !so() {
         assert!(Instant::now() < deadline, "not so in time: {what}");

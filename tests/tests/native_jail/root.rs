@@ -63,7 +63,9 @@ pub fn arguments_are_passed_on() {
     for number in [words[4], words[6], words[8]] {
         number.parse::<u64>().expect("a number of microseconds");
     }
-    assert_eq!(words[9..], ["--no-api", "--config-file", "/vm.json"]);
+    assert_eq!(words[9], "--proc-fd");
+    words[10].parse::<u32>().expect("a number");
+    assert_eq!(words[11..], ["--no-api", "--config-file", "/vm.json"]);
     vmm.signal(Signal::TERM);
     assert_eq!(vmm.wait(), Some(143));
 }
@@ -149,8 +151,11 @@ pub fn nothing_is_inherited() {
         // The standard streams are those of this test.
         let own = to.starts_with("anon_inode:") || to.starts_with("socket:");
         let stream = to == "/dev/null" || streams().contains(&to);
-        assert!(own || stream, "{to} is open; {} was", file.as_raw_fd());
+        let pagemap = to.ends_with("/pagemap");
+        let one = own || stream || pagemap;
+        assert!(one, "{to} is open; {} was", file.as_raw_fd());
     }
+    vmm.assert_only_its_pagemap();
 }
 
 /// Where this process's standard output and error lead.

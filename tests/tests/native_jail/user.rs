@@ -87,6 +87,7 @@ pub fn without_root_the_vmm_is_alone() {
         .filter(|to| *to == "/dev/kvm")
         .count();
     assert!((1..=2).contains(&kvms), "{:?}", vmm.descriptors());
+    vmm.assert_only_its_pagemap();
     let owner = format!("{UID}:{GID}");
     assert_eq!(
         vmm.jail.listing(),

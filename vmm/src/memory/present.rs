@@ -1,7 +1,13 @@
 //! Which pages of a mapping are there.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
+
+use rustix::fs::{Mode, OFlags, openat};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, VolatileMemory};
 
 const PAGE: usize = 4096;
 /// Entries read at once: 32 MiB of memory.
@@ -20,9 +26,45 @@ pub struct Pagemap<'a> {
     first: usize,
 }
 
-/// That of this process, for [`Pagemap::new`]. To be opened before files are given up.
+/// That of this process.
+static OURS: OnceLock<Option<File>> = OnceLock::new();
+
+/// Opens it for [`open`]: in `process`, this process's folder in a /proc elsewhere, or in /proc. To be called while the
+/// process is dumpable: after that, the file is root's. Where it cannot be had, the process goes on without.
+pub fn prepare(process: Option<OwnedFd>) {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let handed = process.and_then(|folder| openat(folder, "pagemap", flags, Mode::empty()).ok());
+    let handed = handed.map(File::from).filter(is_ours);
+    OURS.get_or_init(|| handed.or_else(by_path));
+}
+
+/// That of this process, for [`Pagemap::new`].
 pub fn open() -> Option<File> {
+    OURS.get_or_init(by_path).as_ref()?.try_clone().ok()
+}
+
+fn by_path() -> Option<File> {
     File::open("/proc/self/pagemap").ok()
+}
+
+/// Whether it tells of this process: that of another one would have a clone without what its guest has written.
+fn is_ours(file: &File) -> bool {
+    let page = MmapRegionBuilder::<()>::new(PAGE)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+        .build();
+    let Ok(page) = page else {
+        return false;
+    };
+    let is_there = || {
+        let mut bytes = [0; 8];
+        let at = (page.as_ptr() as usize / PAGE * 8) as u64;
+        file.read_exact_at(&mut bytes, at).ok()?;
+        Some(u64::from_le_bytes(bytes) & THERE != 0)
+    };
+    is_there() == Some(false)
+        && page.as_volatile_slice().write_obj(1u8, 0).is_ok()
+        && is_there() == Some(true)
 }
 
 impl<'a> Pagemap<'a> {
@@ -75,6 +117,22 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
     use super::*;
+
+    #[test]
+    fn what_is_of_another_process_is_told_from_ours() {
+        assert!(is_ours(&by_path().unwrap()));
+        let mut other = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let of_other = File::open(format!("/proc/{}/pagemap", other.id())).unwrap();
+        let is_ours_too = is_ours(&of_other);
+        drop(other.stdin.take());
+        other.wait().unwrap();
+        assert!(!is_ours_too);
+        assert!(!is_ours(&File::open("/dev/zero").unwrap()));
+        assert!(!is_ours(&File::open("/dev/null").unwrap()));
+    }
 
     #[test]
     fn touched_pages_are_told_from_untouched_ones() {
