@@ -3,6 +3,7 @@
 mod apart;
 mod drives;
 mod family;
+mod faults;
 mod generation;
 mod going_on;
 mod identity;
@@ -17,6 +18,7 @@ use lepton_tests::test;
 
 use apart::*;
 use drives::*;
+use faults::*;
 use generation::*;
 use going_on::*;
 use identity::*;
@@ -58,6 +60,12 @@ fn main() -> ExitCode {
             test!(what_a_template_is_not_asked_for),
             test!(a_damaged_memory_is_no_template),
             test!(copies_of_a_template_have_drives_of_their_own).needs(PROBE),
+            test!(copies_of_a_template_are_told_who_they_are).needs(PROBE),
+            test!(a_template_that_is_asked_to_end_leaves_nothing),
+            test!(a_copys_full_disk_is_an_error_to_it_alone)
+                .needs(Need::Root)
+                .needs(PROBE),
+            test!(an_image_that_is_cut_is_an_error_to_all_copies).needs(PROBE),
             test!(all_children_or_none),
             test!(what_cannot_be_cloned_is_named),
             test!(who_is_silent_holds_nobody_up),

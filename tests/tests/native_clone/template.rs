@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use lepton_tests::counting::{check_counts, let_run};
+use lepton_tests::metal::Metal;
 use lepton_tests::{Api, Vmm};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -118,6 +119,58 @@ pub fn a_template_is_cloned_again_and_again() {
             stream.extend(heir.vmm.terminate().stdout);
             assert!(check_counts(&stream) > 10);
         }
+    }
+}
+
+pub fn a_template_that_is_asked_to_end_leaves_nothing() {
+    let (saved, _) = Saved::counting(16);
+    for (signal, code) in [(Signal::TERM, 143), (Signal::INT, 130), (Signal::HUP, 156)] {
+        let (vmm, _) = saved.template();
+        let socket = vmm.socket().to_owned();
+        assert!(socket.exists());
+        vmm.signal(signal);
+        // As long as what it returns is there, so is the folder.
+        let _ended = vmm.wait().expect_code(code);
+        assert!(!socket.exists(), "{signal:?}");
+    }
+    // What it was made of is as it was.
+    saved.template().0.terminate();
+}
+
+/// What a copy's guest says that it was told, behind this word.
+#[track_caller]
+fn told(heir: &Heir, word: &str) -> String {
+    heir.vmm.stdout.wait_for("\nend\n");
+    let text = heir.vmm.stdout.text();
+    let line = text.lines().find_map(|line| line.strip_prefix(word));
+    line.unwrap_or_else(|| panic!("no {word} in {text}"))
+        .to_owned()
+}
+
+pub fn copies_of_a_template_are_told_who_they_are() {
+    let arguments = "probe.mode=vsock_confirm,idle probe.listen=1 probe.port=1026";
+    let metal = Metal::new("LEPTON_PROBE", arguments).with_api();
+    let socket = metal.path("v.sock");
+    let vsock = json!({ "guest_cid": 42, "uds_path": socket });
+    let vmm = metal.with(|config| config["vsock"] = vsock).start();
+    vmm.stdout.wait_for("\"ready\":1");
+    let saved = Saved::new(&mut vmm.api());
+    vmm.terminate();
+    let (_template, mut api) = saved.template();
+    let heirs = ["one", "two"].map(Heir::called);
+    let children = heirs.each_ref().map(|heir| {
+        let mut child = heir.child();
+        child["vsock_override"] = json!({ "uds_path": heir.vmm.path("v.sock") });
+        child["identity"] = json!({ "timeout_ms": 60_000, "hostname": "copy" });
+        child
+    });
+    clone(&mut api, &request(&children));
+    for heir in &heirs {
+        assert_eq!(told(heir, "hostname "), "copy");
+    }
+    for word in ["seed ", "machine-id "] {
+        let [one, two] = heirs.each_ref().map(|heir| told(heir, word));
+        assert_ne!(one, two, "{word}");
     }
 }
 

@@ -66,6 +66,9 @@ fn main() -> ExitCode {
             test!(copies_with_process_ids_of_their_own_come_from_a_pool)
                 .needs(Need::Root)
                 .needs(Need::Kvm),
+            test!(copies_of_a_template_come_from_a_pool_of_jails)
+                .needs(Need::Root)
+                .needs(Need::Kvm),
             test!(what_a_pool_is_asked_for_is_checked)
                 .needs(Need::Root)
                 .needs(Need::Kvm),

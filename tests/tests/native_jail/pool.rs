@@ -9,10 +9,10 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use lepton_hostio::packet::PacketSocket;
-use lepton_tests::counting::let_run;
+use lepton_tests::counting::{self, let_run};
 use lepton_tests::guest::{Entry, Program};
 use lepton_tests::jail::{GID, Jail, Jailed, UID};
-use lepton_tests::{Api, PATIENCE, reaper};
+use lepton_tests::{Api, PATIENCE, Vmm, reaper};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -241,6 +241,42 @@ fn copies_come_from_a_pool(of_pool: Jail, of_parent: Jail, start: fn(Jail) -> Ja
     for id in &used {
         let mut copy = pool.api(id);
         assert!(["Running", "Paused"].contains(&copy.state().as_str()));
+    }
+}
+
+pub fn copies_of_a_template_come_from_a_pool_of_jails() {
+    let pool = Pool::new(Jail::as_another_user(), &["--pool-size", "2"]);
+    let (saved, mut api) = Vmm::quiet();
+    counting::configure(&saved, &mut api, 1, 16);
+    api.start();
+    let_run(&mut api);
+    api.reach("Paused");
+    let [state, memory] = ["state", "memory"].map(|name| saved.path(name));
+    let both = json!({ "snapshot_path": state, "mem_file_path": memory });
+    api.put("/snapshot/create", &both);
+    let arguments = ["--template", &state, "--template-memory", &memory];
+    let template = Vmm::builder().arguments(arguments).spawn();
+    let mut copies = Vec::new();
+    // Those that are ready, and more than are.
+    for count in [1, 4] {
+        let request = json!({ "pool": pool.socket(), "children": vec![json!({}); count] });
+        let (status, reply) = template
+            .api()
+            .request("PUT", "/clone", &request.to_string());
+        assert_eq!(status, 200, "{reply}");
+        let reply: Value = serde_json::from_str(&reply).expect("JSON");
+        let children = reply["children"].as_array().expect("a list");
+        copies.extend(children.iter().map(|child| {
+            let id = child["id"].as_str().expect("an id");
+            assert!(pool.root(id).exists(), "{id}");
+            pool.api(id)
+        }));
+    }
+    template.terminate();
+    assert_eq!(copies.len(), 5);
+    for copy in &mut copies {
+        let_run(copy);
+        copy.reach("Paused");
     }
 }
 

@@ -15,6 +15,7 @@
 //! | `net_tx` | sends UDP frames, or TCP frames to be cut into segments | `interface`, `size`, `qd`, `ip`, `port`, `peer`, `peer_port`, `peer_mac`, `offload` |
 //! | `net_rx`, `net_echo` | counts UDP frames to `port`, or sends them back | as above; a first 64-bit word of all ones ends it |
 //! | `vsock_tx`, `vsock_rx`, `vsock_echo` | streams to and from the host | `port`, `connections`, `listen`, `size`, `verify` |
+//! | `vsock_confirm` | waits to be told who it is, says what it was told, and confirms | `port`, with `listen=1` |
 //!
 //! Several modes, with commas between them, share their arguments.
 //!
@@ -60,7 +61,7 @@ fn run(mode: &str) {
         "churn" => touch::churn(),
         "blk_read" | "blk_write" | "blk_flush" | "blk_check" => blk::run(mode),
         "net_tx" | "net_rx" | "net_echo" => net::run(mode),
-        "vsock_tx" | "vsock_rx" | "vsock_echo" => vsock::run(mode),
+        "vsock_tx" | "vsock_rx" | "vsock_echo" | "vsock_confirm" => vsock::run(mode),
         _ => report::refuse("there is no such mode"),
     }
 }

@@ -48,6 +48,7 @@ struct Streams {
     count: usize,
     verify: bool,
     echo: bool,
+    confirm: bool,
     errors: u64,
     bytes: u64,
     times: Times,
@@ -119,7 +120,7 @@ impl Streams {
         let connections = &mut self.connections;
         let (mut errors, mut bytes) = (0, 0);
         let mut back: Option<(usize, [u8; 4096], u64)> = None;
-        let echo = self.echo;
+        let back_it_goes = self.echo || self.confirm;
         let some = self.vsock.receive(|_, header, data| {
             let found = connections[..count].iter().position(|connection| {
                 let waits = connection.peer_port == 0 && header.operation == operation::REQUEST;
@@ -150,7 +151,7 @@ impl Streams {
                     }
                     connection.received += data.len();
                     bytes += data.len();
-                    if echo {
+                    if back_it_goes {
                         let mut copy = [0; 4096];
                         let len = data.len().min(4096);
                         data.copy_to(0, &mut copy[..len as usize]);
@@ -180,9 +181,22 @@ impl Streams {
             }
         }
         if let Some((index, copy, len)) = back {
-            self.send_back(index, &copy[..len as usize]);
+            let came = &copy[..len as usize];
+            match self.confirm {
+                true => self.confirm(index, came),
+                false => self.send_back(index, came),
+            }
         }
         some
+    }
+
+    /// Answers a message of who it is, which is text.
+    fn confirm(&mut self, index: usize, message: &[u8]) {
+        say!("{}", core::str::from_utf8(message).unwrap_or("not text"));
+        match message.ends_with(b"\nend\n") {
+            true => self.send_back(index, b"ok\n"),
+            false => self.send_back(index, b"failed it is cut\n"),
+        }
     }
 
     fn send_back(&mut self, index: usize, bytes: &[u8]) {
@@ -250,6 +264,7 @@ pub fn run(mode: &str) {
         count,
         verify: arguments::number("verify", 0) == 1,
         echo: mode == "vsock_echo",
+        confirm: mode == "vsock_confirm",
         errors: 0,
         bytes: 0,
         times: Times::new(),
