@@ -99,7 +99,12 @@ fn passes_through(cache: &Cache) -> Result<()> {
     }
     let ran = in_lab(cache, host(&path, shares), TIMEOUT, &["sh", "-c", SCRIPT]);
     let status = ran.result?.status;
-    ensure!(status == 42, "the exit status is not 42 but {status}: {:?} {:?}", ran.output, ran.error);
+    ensure!(
+        status == 42,
+        "the exit status is not 42 but {status}: {:?} {:?}",
+        ran.output,
+        ran.error
+    );
     let expected = format!(
         "{}\nit's \"quoted\" $HOME\nkvm\nCpus_allowed_list:\t1-2\n1\n30\n1\nlost\nread-only\n",
         path.display()
