@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::seccomp::THREADS;
+use crate::seccomp::lists::assemble;
 
 /// AUDIT_ARCH_X86_64 of linux/audit.h.
 const X86_64: u32 = 0xc000_003e;
@@ -54,11 +55,13 @@ fn seccompile(filter: &Value) -> Vec<sock_filter> {
 /// The filter of each thread, as seccompiler makes it.
 fn built_in() -> impl Iterator<Item = (&'static str, Vec<sock_filter>)> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../resources/seccomp/x86_64");
-    THREADS.into_iter().map(move |thread| {
-        let list = std::fs::read(format!("{folder}/{thread}.json")).unwrap();
-        let list: Value = serde_json::from_slice(&list).unwrap();
-        (thread, seccompile(&list[thread]))
-    })
+    let read = |name: &str| -> Result<Value, serde_json::Error> {
+        serde_json::from_slice(&std::fs::read(format!("{folder}/{name}.json")).unwrap())
+    };
+    let lists = assemble(&THREADS, "musl", false, read).unwrap();
+    THREADS
+        .into_iter()
+        .map(move |thread| (thread, seccompile(&lists[thread])))
 }
 
 /// Each word that the program compares, with each operand, one less and one more.
