@@ -412,14 +412,30 @@ pub fn names() -> Vec<&'static str> {
     BENCHMARKS.iter().map(|benchmark| benchmark.name).collect()
 }
 
-/// The benchmark of that name; an error that lists the names.
+/// The benchmark of that name, or the figure of that id; an error that lists the names, or the ids of the benchmark's figures.
 pub fn parse_name(text: &str) -> Result<&'static str, String> {
-    let found = names().into_iter().find(|name| *name == text);
-    found.ok_or_else(|| {
-        format!(
-            "there is no benchmark {text:?}; benchmarks are {}",
-            names().join(", ")
-        )
+    if let Some(name) = names().into_iter().find(|name| *name == text) {
+        return Ok(name);
+    }
+    if let Some(figure) = figure(text) {
+        return Ok(figure.id);
+    }
+    let benchmark = text
+        .split_once('.')
+        .and_then(|(name, _)| BENCHMARKS.iter().find(|benchmark| benchmark.name == name));
+    Err(match benchmark {
+        Some(benchmark) => {
+            let ids = benchmark.figures.iter().map(|figure| figure.id);
+            let ids: Vec<&str> = ids.collect();
+            format!(
+                "there is no figure {text:?}; figures are {}",
+                ids.join(", ")
+            )
+        }
+        None => {
+            let names = names().join(", ");
+            format!("there is no benchmark {text:?}; benchmarks are {names}")
+        }
     })
 }
 
@@ -461,6 +477,12 @@ mod tests {
         let error = parse_name("strat").unwrap_err();
         assert!(
             error.contains("strat") && error.contains("start, weight"),
+            "{error}"
+        );
+        assert_eq!(parse_name("clone.pause-1g"), Ok("clone.pause-1g"));
+        let error = parse_name("clone.pause").unwrap_err();
+        assert!(
+            error.contains("clone.pause-128m, clone.pause-1g"),
             "{error}"
         );
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use clap::{Parser, ValueEnum};
 use lepton_benches::bars;
-use lepton_benches::catalogue::{BENCHMARKS, Benchmark, parse_name};
+use lepton_benches::catalogue::{BENCHMARKS, parse_name};
 use lepton_benches::host::{self, Host};
 use lepton_benches::interrupt;
 use lepton_benches::measure::{Context, linux::Linux};
@@ -21,7 +21,7 @@ use lepton_tests::reaper;
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
-    /// Benchmarks to run; all if none is named
+    /// Benchmarks to run, or figures of them; all if none is named
     #[arg(value_name = "BENCHMARK", value_parser = parse_name)]
     only: Vec<&'static str>,
 
@@ -178,14 +178,17 @@ fn run(arguments: &Arguments) -> Result<ExitCode, String> {
         scratch: tempfile::tempdir().map_err(|error| error.to_string())?,
         taps: Default::default(),
     };
-    let chosen = |benchmark: &&Benchmark| {
-        arguments.only.is_empty() || arguments.only.contains(&benchmark.name)
-    };
+    let only = &arguments.only;
     let mut figures = Vec::new();
     let mut interrupted = false;
-    for benchmark in BENCHMARKS.iter().filter(chosen) {
+    for benchmark in BENCHMARKS {
+        let whole = only.is_empty() || only.contains(&benchmark.name);
+        let chosen = |figure: &str| whole || only.contains(&figure);
+        if !benchmark.figures.iter().any(|figure| chosen(figure.id)) {
+            continue;
+        }
         let rounds = arguments.rounds.unwrap_or(benchmark.rounds);
-        let (measured, ended_early) = schedule::run(benchmark, &context, rounds);
+        let (measured, ended_early) = schedule::run(benchmark, &context, rounds, &chosen);
         figures.extend(measured);
         interrupted = ended_early;
         if interrupted {

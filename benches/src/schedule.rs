@@ -21,13 +21,19 @@ const GIVE_UP: u32 = 3;
 /// Without a terminal, one line this often tells what is being measured.
 const HEARTBEAT: Duration = Duration::from_secs(30);
 
-/// Runs one benchmark. Whether it was interrupted is the second value.
-pub fn run(benchmark: &Benchmark, context: &Context, rounds: u32) -> (Vec<Figure>, bool) {
-    let kinds = benchmark.figures.iter();
+/// Runs one benchmark, of it what gives figures that are `chosen` by their ids. Whether it was interrupted is the second value.
+pub fn run(
+    benchmark: &Benchmark,
+    context: &Context,
+    rounds: u32,
+    chosen: &dyn Fn(&str) -> bool,
+) -> (Vec<Figure>, bool) {
+    let kinds = benchmark.figures.iter().filter(|kind| chosen(kind.id));
     let mut figures: Vec<Figure> = kinds
         .map(|kind| Figure::new(benchmark.name, kind))
         .collect();
-    let cases = (benchmark.cases)(context);
+    let mut cases = (benchmark.cases)(context);
+    cases.retain(|case| case.figures.iter().any(|figure| chosen(figure)));
     for case in &cases {
         // The order of the report is the order of the cases, whatever the draw.
         for_figures(&mut figures, case, |_| {});

@@ -85,7 +85,14 @@ impl PacketSocket {
     /// The next message, of no more than `most` bytes, if there is one; [`io::ErrorKind::UnexpectedEof`] once the other
     /// end is closed. A longer one is an error, and gone.
     pub fn receive(&self, most: usize) -> io::Result<Option<Packet>> {
-        let mut bytes = vec![0; most];
+        let peek = RecvFlags::PEEK | RecvFlags::TRUNC;
+        let length = match rustix::net::recv(&self.0, &mut [0; 0], peek) {
+            Ok((_, length)) => length,
+            Err(rustix::io::Errno::AGAIN) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        // Room for the most that there may be would be cleared for each message, page by page.
+        let mut bytes = vec![0; length.min(most)];
         let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = rustix::net::recvmsg(

@@ -26,7 +26,7 @@ const QEMU_PACKAGES: [&str; 1] = ["qemu-system-x86"];
 
 #[derive(Debug, Args)]
 pub struct BenchArguments {
-    /// Only these benchmarks
+    /// Only these benchmarks, or figures of them: clone, clone.pause-1g
     #[arg(long, value_name = "NAME", num_args = 1.., value_parser = parse_name)]
     only: Vec<String>,
 
@@ -60,8 +60,14 @@ fn names() -> impl Iterator<Item = &'static str> {
     lines.map(|(name, _)| name)
 }
 
+/// The name of the benchmark that gives a figure.
+fn benchmark_of(text: &str) -> &str {
+    text.split_once('.').map_or(text, |(name, _)| name)
+}
+
 fn parse_name(text: &str) -> Result<String, String> {
-    if names().any(|name| name == text) {
+    // Which figures it has is told by the harness.
+    if names().any(|name| name == benchmark_of(text)) {
         return Ok(text.to_owned());
     }
     let all: Vec<&str> = names().collect();
@@ -114,7 +120,12 @@ pub fn run(arguments: &BenchArguments) -> Result<u8> {
     let harness = built.path("lepton-bench")?;
     let mut command = Command::new(harness);
     command.args(&arguments.only);
-    let chosen = |name: &str| arguments.only.is_empty() || arguments.only.iter().any(|o| o == name);
+    let only: Vec<&str> = arguments
+        .only
+        .iter()
+        .map(|text| benchmark_of(text))
+        .collect();
+    let chosen = |name: &str| only.is_empty() || only.contains(&name);
     if LINUX.into_iter().any(chosen) && Kvm::of_this_machine() == Kvm::Hardware {
         let agent = Programs::build(&progress, Profile::Release, &["lepton-agent"])?;
         command
@@ -149,7 +160,9 @@ mod tests {
 
     #[test]
     fn a_wrong_name_is_answered_with_all_names() {
-        assert_eq!(parse_name("start"), Ok("start".to_owned()));
+        for name in ["start", "start.socket"] {
+            assert_eq!(parse_name(name), Ok(name.to_owned()));
+        }
         assert!(parse_name("strat").unwrap_err().contains("start, weight"));
     }
 

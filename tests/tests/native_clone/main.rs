@@ -69,6 +69,7 @@ fn main() -> ExitCode {
             test!(all_children_or_none),
             test!(what_cannot_be_cloned_is_named),
             test!(who_is_silent_holds_nobody_up),
+            test!(who_is_given_up_does_not_run),
             test!(bytes_of_anybody_are_refused),
         ],
     )

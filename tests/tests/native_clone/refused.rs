@@ -1,5 +1,7 @@
 //! Clones that there are not to be.
 
+use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
@@ -123,6 +125,43 @@ pub fn who_is_silent_holds_nobody_up() {
         asked.join().expect("an answer")
     });
     assert!(message.contains("silent.sock"), "{message}");
+}
+
+/// A copy that is the only one waits for no word, and still does not run once nobody waits for it.
+pub fn who_is_given_up_does_not_run() {
+    let (vmm, mut api) = parent(128, true);
+    let heir = Heir::expecting("copy", 128);
+    let path = vmm.path("between.sock");
+    let (listener, _file) = PacketListener::bind(path.as_ref()).expect("a socket");
+    let body = request(&[json!({ "adopt_socket": path })]).to_string();
+    let asked = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| api.refused("PUT", "/clone", &body));
+        let link = next(&listener);
+        let offer = loop {
+            if let Some(offer) = link.receive(64 << 10).expect("an offer") {
+                break offer;
+            }
+        };
+        // It takes the offer once it is all that there is.
+        heir.vmm.signal(Signal::STOP);
+        let onward = PacketSocket::connect(&heir.socket).expect("somebody listens");
+        let files: Vec<_> = offer.files.iter().map(AsFd::as_fd).collect();
+        onward.send(&offer.bytes, &files).expect("somebody listens");
+        drop(onward);
+        heir.vmm.signal(Signal::CONT);
+        asked.join().expect("an answer")
+    });
+    assert!(asked.contains("between.sock"), "{asked}");
+    let log = heir.vmm.path("log");
+    let ended = heir.vmm.wait();
+    assert_eq!(ended.status.code(), Some(1), "{}", ended.stderr);
+    assert_eq!(ended.stdout, b"");
+    // Noticed before it ran: afterwards it is the answer that cannot be sent.
+    let log = std::fs::read_to_string(log).expect("a log");
+    let reason = io::Error::from(io::ErrorKind::UnexpectedEof);
+    let said = format!("there is to be no copy of the machine: {reason}");
+    assert!(log.contains(&said), "{log}");
+    let_run(&mut api);
 }
 
 /// The next that connects.

@@ -292,6 +292,14 @@ impl Adoption {
         })
     }
 
+    /// An error once nobody waits any more for this copy, the only one.
+    pub fn is_awaited(&self) -> io::Result<()> {
+        match self.socket.receive(MAX_MESSAGE)? {
+            None => Ok(()),
+            Some(_) => Err(io::Error::other("an unknown word")),
+        }
+    }
+
     /// Says that the machine is here, and unless it is `alone` waits until it may run. An error means that there is to be
     /// no copy.
     pub fn ready(&self, id: &str, alone: bool) -> io::Result<()> {

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::{Duration, Instant};
 
 use lepton_api::types::{Cloned, ClonedChild};
@@ -95,12 +96,31 @@ pub struct HandOver {
     pub memory: Frozen,
     /// Its drives.
     pub drives: Vec<SharedDrive>,
-    /// For how long it stood still.
-    pub pause: Duration,
-    /// When that ended.
-    pub resumed: Instant,
     /// Whether it keeps a record of written pages.
     pub track_dirty_pages: bool,
+}
+
+/// How a machine stood still.
+#[derive(Debug, Clone, Copy)]
+pub struct Pause {
+    /// For how long.
+    pub length: Duration,
+    /// When that ended.
+    pub end: Instant,
+}
+
+impl Pause {
+    /// From `start` until now.
+    pub fn since(start: Instant) -> Self {
+        let end = Instant::now();
+        let length = end - start;
+        Pause { length, end }
+    }
+
+    /// That of a machine that does not run.
+    pub fn none() -> Self {
+        Pause::since(Instant::now())
+    }
 }
 
 /// What came of it.
@@ -113,8 +133,9 @@ pub struct Finished {
 
 impl HandOver {
     /// Gives all of them the machine, waits until they have it, and lets them run, or none. Takes a while, and gives up
-    /// the files of this thread: for a thread of its own.
-    pub fn finish(self) -> Finished {
+    /// the files of this thread: for a thread of its own. Meanwhile `offered` is told that all of them have it before
+    /// them, and `told` tells of the machine's pause, which has ended then.
+    pub fn finish(self, offered: &SyncSender<()>, told: &Receiver<Pause>) -> Finished {
         let HandOver {
             heirs,
             state,
@@ -125,8 +146,6 @@ impl HandOver {
                     leftovers,
                 },
             drives,
-            pause,
-            resumed,
             track_dirty_pages,
         } = self;
         let machine = Machine {
@@ -141,9 +160,9 @@ impl HandOver {
             track_dirty_pages,
             patience: heirs.patience,
         };
-        let given = give(heirs, &machine, &base, drives, &terms, resumed);
-        let result = given.map(|children| Cloned {
-            pause_us: microseconds(pause),
+        let given = give(heirs, &machine, &base, drives, &terms, (offered, told));
+        let result = given.map(|(children, pause)| Cloned {
+            pause_us: microseconds(pause.length),
             copied_bytes: copied,
             children,
         });
@@ -158,13 +177,16 @@ fn give(
     memory: &base::Base,
     drives: Vec<SharedDrive>,
     terms: &Terms,
-    resumed: Instant,
-) -> Result<Vec<ClonedChild>, CloneError> {
+    (offered, told): (&SyncSender<()>, &Receiver<Pause>),
+) -> Result<(Vec<ClonedChild>, Pause), CloneError> {
     let (heirs, taken) = heirs.gather()?;
     offer(&heirs, machine, memory, &Drives::new(drives)?, terms)?;
+    // Who offers may be busy with something else by now.
+    let _ = offered.try_send(());
     // What comes now comes from others.
     reach::give_up_files()?;
-    let children = collect(&heirs, terms.patience, resumed)?;
+    let pause = told.recv().map_err(io::Error::other)?;
+    let children = collect(&heirs, terms.patience, pause.end)?;
     if !terms.alone {
         for heir in &heirs {
             // One that has ended since it was ready has ended as a machine may end.
@@ -176,7 +198,7 @@ fn give(
     if let Some(taken) = taken {
         taken.keep();
     }
-    Ok(children)
+    Ok((children, pause))
 }
 
 fn microseconds(time: Duration) -> u64 {

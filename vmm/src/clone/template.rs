@@ -5,7 +5,6 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use lepton_api::types::{CloneMachine, Drive};
 use lepton_devices::virtio::block::overlay::maintain;
@@ -93,8 +92,6 @@ impl Template {
                 leftovers: Vec::new(),
             },
             drives: drives?,
-            pause: Duration::ZERO,
-            resumed: Instant::now(),
             track_dirty_pages: false,
         })
     }

@@ -1,8 +1,8 @@
 //! The request that clones a machine, and the offer of one.
 
 use std::path::Path;
-use std::sync::mpsc::{RecvError, SyncSender, sync_channel};
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
 
 use lepton_api::types::{CloneMachine, HugePages};
 use lepton_api::{Action, Fault, Reply};
@@ -11,7 +11,9 @@ use super::dispatch::{Controller, Next, console_of, refused};
 use super::held::{Held, Waiting};
 use super::phase::Phase;
 use super::policy::Stage;
-use crate::clone::{self, AdoptError, Adoption, CloneError, Finished, HandOver, Heirs, NewFiles};
+use crate::clone::{
+    self, AdoptError, Adoption, CloneError, Finished, HandOver, Heirs, NewFiles, Pause,
+};
 use crate::config::Configuration;
 use crate::config::devices::sharing::SharedDrive;
 use crate::config::saved::SavedConfig;
@@ -61,36 +63,8 @@ impl Controller {
         if let Err(fault) = self.admit(&Action::Clone(request.clone())) {
             return refuse(&answer, fault);
         }
-        // Before the machine stands still. A thread that is started when it runs again may be put behind its vCPU, and
-        // wait until that has been on its processor for a while.
-        let (hand_overs, taken) = sync_channel(1);
-        let spawned = std::thread::Builder::new()
-            .name("clone".into())
-            .stack_size(256 << 10)
-            .spawn({
-                let answer = answer.clone();
-                move || {
-                    let hand_over: HandOver = match taken.recv() {
-                        Ok(hand_over) => hand_over,
-                        // It was refused.
-                        Err(RecvError) => return,
-                    };
-                    let Finished { result, leftovers } = hand_over.finish();
-                    match result {
-                        // A client that is gone needs no answer.
-                        Ok(cloned) => drop(answer.send(Reply::json(&cloned))),
-                        Err(error) => refuse(&answer, fault(error)),
-                    }
-                    drop(leftovers);
-                }
-            });
-        if let Err(error) = spawned {
-            return refuse(&answer, fault(CloneError::Host(error)));
-        }
-        match self.begin_clone(request) {
-            // The thread waits for it.
-            Ok(hand_over) => drop(hand_overs.send(hand_over)),
-            Err(error) => refuse(&answer, fault(error)),
+        if let Err(error) = self.begin_clone(request, &answer) {
+            refuse(&answer, fault(error));
         }
     }
 
@@ -102,10 +76,19 @@ impl Controller {
         answer.recv().map_err(gone)?
     }
 
-    /// What can be refused is refused first, then the machine stands still for as long as must be.
-    fn begin_clone(&mut self, request: &CloneMachine) -> Result<HandOver, CloneError> {
+    /// What can be refused is refused first, then the machine stands still for as long as must be. Without an error the
+    /// answer comes from elsewhere.
+    fn begin_clone(
+        &mut self,
+        request: &CloneMachine,
+        answer: &SyncSender<Result<Reply, Fault>>,
+    ) -> Result<(), CloneError> {
         if let Phase::Template(template) = &self.phase {
-            return template.hand_over(request);
+            let hand_over = template.hand_over(request)?;
+            Courier::start(answer.clone())?
+                .take(hand_over)
+                .tell(Pause::none());
+            return Ok(());
         }
         let drives = clone::wanted_drives(request, self.configuration.devices.drives())?;
         let heirs = Heirs::ask(request)?;
@@ -125,42 +108,52 @@ impl Controller {
         };
         let started = Instant::now();
         let phase = std::mem::replace(&mut self.phase, Phase::Configuring);
-        let (phase, taken) = match phase {
+        let (mut paused, courier, runs) = match phase {
             Phase::Running(running) => {
-                let (mut paused, result) = running.pause();
-                let taken = match result {
-                    Ok(()) => take(&mut paused, configuration, &order),
-                    Err(error) => Err(CloneError::Pause(error)),
-                };
-                (Phase::Running(paused.resume()), taken)
+                let stopping = running.stop();
+                // While the vCPUs come out of the guest. A thread that is started when they run again may be put behind
+                // one of them, and wait until that has been on its processor for a while.
+                let courier = Courier::start(answer.clone());
+                let (paused, still) = stopping.wait();
+                (paused, still.map_err(CloneError::Pause).and(courier), true)
             }
-            Phase::Paused(mut paused) => {
-                let taken = take(&mut paused, configuration, &order);
-                (Phase::Paused(paused), taken)
-            }
+            Phase::Paused(paused) => (paused, Courier::start(answer.clone()), false),
             // The policy has refused before.
-            phase @ (Phase::Configuring | Phase::Template(_)) => (phase, Err(CloneError::Count(0))),
+            phase @ (Phase::Configuring | Phase::Template(_)) => {
+                self.phase = phase;
+                return Err(CloneError::Count(0));
+            }
         };
-        self.phase = phase;
+        let copies = heirs.count();
+        let taken = courier.and_then(|courier| {
+            let (state, mut memory, drives) = take(&mut paused, configuration, &order)?;
+            memory.leftovers.extend(parted);
+            let copied = memory.copied;
+            let under_way = courier.take(HandOver {
+                heirs,
+                state,
+                memory,
+                drives,
+                track_dirty_pages: configuration.shape().track_dirty_pages,
+            });
+            if runs {
+                under_way.wait_until_offered();
+            }
+            Ok((under_way, copied))
+        });
+        self.phase = match runs {
+            true => Phase::Running(paused.resume()),
+            false => Phase::Paused(paused),
+        };
+        let pause = Pause::since(started);
         self.saveable = Some(saveable);
-        let resumed = Instant::now();
-        let pause = resumed - started;
-        let (state, mut memory, drives) = taken?;
-        memory.leftovers.extend(parted);
+        let (under_way, copied) = taken?;
         log::info!(
-            "machine cloned for {} processes; it stood still for {pause:?}, in which {} bytes of memory were copied",
-            heirs.count(),
-            memory.copied
+            "machine cloned for {copies} processes; it stood still for {:?}, in which {copied} bytes of memory were copied",
+            pause.length
         );
-        Ok(HandOver {
-            heirs,
-            state,
-            memory,
-            drives,
-            pause,
-            resumed,
-            track_dirty_pages: self.configuration.shape().track_dirty_pages,
-        })
+        under_way.tell(pause);
+        Ok(())
     }
 
     /// Takes the machine that is offered, or refuses it.
@@ -197,16 +190,31 @@ impl Controller {
             self.let_go_of_code_soon(events);
             return Next::Continue;
         }
-        if let Err(error) = adoption.ready(&self.options.id, alone) {
-            log::error!("there is to be no copy of the machine: {error}");
-            self.phase = Phase::Paused(paused);
-            return Next::Exit(ExitCode::Failure);
-        }
-        new_files.keep();
-        self.phase = match resume {
+        let go_on = |paused: Paused| match resume {
             true => Phase::Running(paused.resume()),
             false => Phase::Paused(paused),
         };
+        let id = &self.options.id;
+        // Alone, it waits for no word, and runs before it says so: who hears that may take the processor from it.
+        let agreed = match alone {
+            true => adoption.is_awaited().and_then(|()| {
+                self.phase = go_on(paused);
+                adoption.ready(id, alone)
+            }),
+            false => {
+                let agreed = adoption.ready(id, alone);
+                self.phase = match agreed {
+                    Ok(()) => go_on(paused),
+                    Err(_) => Phase::Paused(paused),
+                };
+                agreed
+            }
+        };
+        if let Err(error) = agreed {
+            log::error!("there is to be no copy of the machine: {error}");
+            return Next::Exit(ExitCode::Failure);
+        }
+        new_files.keep();
         self.let_go_of_code_soon(events);
         log::info!("this is a copy of a machine now");
         Next::Continue
@@ -265,6 +273,74 @@ impl Controller {
             let confine = self.options.confine_vcpu.clone();
             self.standby = Standby::start(0, move || confine()).ok();
         }
+    }
+}
+
+/// A thread that brings machines to their copies, and waits for one.
+struct Courier {
+    hand_overs: SyncSender<HandOver>,
+    under_way: UnderWay,
+}
+
+/// One that has its machine.
+struct UnderWay {
+    pauses: SyncSender<Pause>,
+    offered: Receiver<()>,
+}
+
+/// How much longer a machine stands still at most so that its copies come to a processor before its vCPUs do, which may
+/// keep it for the rest of a tick of the host's clock: 4 ms where there are 250 in a second. Where processors are free the offer
+/// takes less.
+const HEAD_START: Duration = Duration::from_micros(250);
+
+impl Courier {
+    /// Starts it. It tells `answer` what came of it, if it gets a machine.
+    fn start(answer: SyncSender<Result<Reply, Fault>>) -> Result<Self, CloneError> {
+        let (hand_overs, taken) = sync_channel(1);
+        let (pauses, told) = sync_channel(1);
+        let (offers, offered) = sync_channel(1);
+        std::thread::Builder::new()
+            .name("clone".into())
+            .stack_size(256 << 10)
+            .spawn(move || {
+                // Else it was refused.
+                if let Ok(hand_over) = taken.recv() {
+                    let hand_over: HandOver = hand_over;
+                    let Finished { result, leftovers } = hand_over.finish(&offers, &told);
+                    match result {
+                        // A client that is gone needs no answer.
+                        Ok(cloned) => drop(answer.send(Reply::json(&cloned))),
+                        Err(error) => refuse(&answer, fault(error)),
+                    }
+                    drop(leftovers);
+                }
+            })?;
+        let under_way = UnderWay { pauses, offered };
+        Ok(Courier {
+            hand_overs,
+            under_way,
+        })
+    }
+
+    /// Sends it off.
+    fn take(self, hand_over: HandOver) -> UnderWay {
+        // It waits for it.
+        drop(self.hand_overs.send(hand_over));
+        self.under_way
+    }
+}
+
+impl UnderWay {
+    /// Waits until the copies have the machine before them, if that does not take long: a pool may have to start them.
+    fn wait_until_offered(&self) {
+        // If it has failed it will say so.
+        let _ = self.offered.recv_timeout(HEAD_START);
+    }
+
+    /// Lets it know how long the machine stood still.
+    fn tell(self, pause: Pause) {
+        // It may have failed by now, and have said so.
+        let _ = self.pauses.send(pause);
     }
 }
 

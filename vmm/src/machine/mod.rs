@@ -1,7 +1,7 @@
 //! A machine that has been started.
 //!
 //! ```text
-//!  Configuration --build--> Paused --resume--> Running --pause--> Paused --save--> MachineState
+//!  Configuration --build--> Paused --resume--> Running --stop--> Stopping --wait--> Paused --save--> MachineState
 //!  MachineState and memory --restore--> Paused
 //!                                                 |
 //!                                                 +-- the guest or the user ends it: the process ends
@@ -79,6 +79,9 @@ impl Machine {
 /// A machine whose vCPUs run.
 pub struct Running(Machine);
 
+/// A machine whose vCPUs were told to stand still.
+pub struct Stopping(Machine);
+
 /// A machine whose vCPUs stand still and whose devices touch nothing.
 pub struct Paused(Machine);
 
@@ -98,13 +101,26 @@ impl Running {
         self.0.ram.part()
     }
 
-    /// Stops the vCPUs, then the devices, and waits for I/O in flight.
-    pub fn pause(self) -> (Paused, Result<(), DeviceError>) {
+    /// Tells the vCPUs to stand still. They need a moment for it.
+    pub fn stop(self) -> Stopping {
         let machine = self.0;
         machine.gate.order(Order::Wait);
         for vcpu in &machine.vcpus {
             vcpu.interrupt();
         }
+        Stopping(machine)
+    }
+
+    /// Stops the vCPUs, then the devices, and waits for I/O in flight.
+    pub fn pause(self) -> (Paused, Result<(), DeviceError>) {
+        self.stop().wait()
+    }
+}
+
+impl Stopping {
+    /// Waits for the vCPUs, stops the devices, and waits for I/O in flight.
+    pub fn wait(self) -> (Paused, Result<(), DeviceError>) {
+        let machine = self.0;
         machine.gate.wait_until_still();
         machine.devices_paused.set(true);
         let mut result = Ok(());
