@@ -36,13 +36,11 @@ impl Copy {
         process::copy(files, self.owner).map_err(|error| failed(self.path, error.into()))
     }
 
-    /// Starts to write it beside this process.
-    pub fn beside(self) -> Result<Copying, FolderError> {
+    /// Has it written `by` another process.
+    pub fn beside(self, mut by: Beside) -> Copying {
         let Self { files, owner, path } = self;
-        match process::copy_beside(files, owner) {
-            Ok(by) => Ok(Copying { by, path }),
-            Err(source) => Err(failed(path, source)),
-        }
+        by.copy(files, owner);
+        Copying { by, path }
     }
 }
 
@@ -84,7 +82,8 @@ mod tests {
         fs::write(&original, &content).unwrap();
         let create = |path| copy(File::open(&original).unwrap(), File::create(path).unwrap());
         create(&here).write().unwrap();
-        create(&beside).beside().unwrap().finish().unwrap();
+        let by = Beside::start().unwrap();
+        create(&beside).beside(by).finish().unwrap();
         for path in [here, beside] {
             assert!(fs::read(&path).unwrap() == content, "{}", path.display());
             assert_eq!(fs::metadata(path).unwrap().uid(), geteuid().as_raw());
@@ -97,7 +96,7 @@ mod tests {
         let original = || File::open("/proc/self/exe").unwrap();
         let message = copy(original(), full()).write().unwrap_err().to_string();
         assert!(message.starts_with("/jail/program: copy: "), "{message}");
-        let copying = copy(original(), full()).beside().unwrap();
+        let copying = copy(original(), full()).beside(Beside::start().unwrap());
         assert_eq!(copying.finish().unwrap_err().to_string(), message);
     }
 }

@@ -21,7 +21,7 @@ use crate::error::JailError;
 use crate::folder::Owner;
 use crate::keeper::{self, AllMade, Keeper, Pooled};
 use crate::plan::{Handed, Maker, PROC, Plan};
-use crate::process::{self, HeldSignals, Side};
+use crate::process::{self, Beside, HeldSignals, Side};
 use crate::report::{self, Reporter};
 use crate::tree::{PidFile, Tree};
 use crate::{limits, privileges, root, user};
@@ -75,11 +75,14 @@ pub fn start(plan: Plan, clock: Clock, waiting: &mut Option<Reporter>) -> Result
         arguments,
         fate,
     } = plan;
+    let beside = match maker {
+        Maker::Root if !new_pid_ns => Some(Beside::start().map_err(JailError::Fork)?),
+        Maker::Root | Maker::User => None,
+    };
     let (tree, copy) = Tree::begin(&base, program, &id, owner, &mut made.files)?;
-    let writer = if new_pid_ns || maker == Maker::User {
-        Writer::Parent(copy)
-    } else {
-        Writer::Another(copy.beside()?)
+    let writer = match beside {
+        Some(beside) => Writer::Another(copy.beside(beside)),
+        None => Writer::Parent(copy),
     };
     let pid_file = tree.furnish(owner, maker == Maker::Root, &mut made.files)?;
     let groups = cgroups.make(&id, &mut made.groups, &mut made.parents)?;
