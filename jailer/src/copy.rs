@@ -1,12 +1,12 @@
-//! The jail's copy of the program. To write it takes as long as all the rest, and is done meanwhile.
+//! The jail's copy of the program. To write it takes as long as all the rest; the keeper does meanwhile, or the VMM's parent.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
 use crate::folder::{FolderError, Owner};
-use crate::process::{self, Beside};
+use crate::process;
 
 /// A copy in which nothing has been written yet.
 pub struct Copy {
@@ -14,12 +14,6 @@ pub struct Copy {
     files: [OwnedFd; 2],
     owner: Owner,
     /// The file's, for messages.
-    path: PathBuf,
-}
-
-/// A copy that another process writes.
-pub struct Copying {
-    by: Beside,
     path: PathBuf,
 }
 
@@ -33,27 +27,19 @@ impl Copy {
     /// Writes it. When this returns nobody has it open for writing, as no program may be that is run.
     pub fn write(self) -> Result<(), FolderError> {
         let files = self.files.each_ref().map(AsFd::as_fd);
-        process::copy(files, self.owner).map_err(|error| failed(self.path, error.into()))
+        process::copy(files, self.owner).map_err(|error| self.failed(error.into()))
     }
 
-    /// Has it written `by` another process.
-    pub fn beside(self, mut by: Beside) -> Copying {
-        let Self { files, owner, path } = self;
-        by.copy(files, owner);
-        Copying { by, path }
+    /// What another process needs that writes it: the descriptors, open as long as this lives, and whom it is to belong to.
+    pub fn work(&self) -> ([RawFd; 2], Owner) {
+        (self.files.each_ref().map(AsRawFd::as_raw_fd), self.owner)
     }
-}
 
-impl Copying {
-    /// Waits until it is written, as [`Copy::write`] does.
-    pub fn finish(self) -> Result<(), FolderError> {
-        self.by.finish().map_err(|source| failed(self.path, source))
+    /// That it could not be written.
+    pub fn failed(&self, source: io::Error) -> FolderError {
+        let (path, call) = (self.path.clone(), "copy");
+        FolderError::Call { path, call, source }
     }
-}
-
-fn failed(path: PathBuf, source: io::Error) -> FolderError {
-    let call = "copy";
-    FolderError::Call { path, call, source }
 }
 
 #[cfg(test)]
@@ -74,20 +60,15 @@ mod tests {
     }
 
     #[test]
-    fn both_ways_write_all_of_it() {
+    fn all_of_it_is_written() {
         let folder = tempfile::tempdir().unwrap();
-        let [original, here, beside] =
-            ["original", "here", "beside"].map(|name| folder.path().join(name));
+        let [original, here] = ["original", "here"].map(|name| folder.path().join(name));
         let content: Vec<u8> = (0..3_000_001u32).map(|at| (at % 251) as u8).collect();
         fs::write(&original, &content).unwrap();
-        let create = |path| copy(File::open(&original).unwrap(), File::create(path).unwrap());
-        create(&here).write().unwrap();
-        let by = Beside::start().unwrap();
-        create(&beside).beside(by).finish().unwrap();
-        for path in [here, beside] {
-            assert!(fs::read(&path).unwrap() == content, "{}", path.display());
-            assert_eq!(fs::metadata(path).unwrap().uid(), geteuid().as_raw());
-        }
+        let copy = copy(File::open(&original).unwrap(), File::create(&here).unwrap());
+        copy.write().unwrap();
+        assert!(fs::read(&here).unwrap() == content);
+        assert_eq!(fs::metadata(here).unwrap().uid(), geteuid().as_raw());
     }
 
     #[test]
@@ -96,7 +77,5 @@ mod tests {
         let original = || File::open("/proc/self/exe").unwrap();
         let message = copy(original(), full()).write().unwrap_err().to_string();
         assert!(message.starts_with("/jail/program: copy: "), "{message}");
-        let copying = copy(original(), full()).beside(Beside::start().unwrap());
-        assert_eq!(copying.finish().unwrap_err().to_string(), message);
     }
 }

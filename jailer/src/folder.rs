@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{
@@ -63,7 +63,7 @@ pub struct Owner {
 /// A folder held open.
 #[derive(Debug, Clone)]
 pub struct Folder {
-    fd: Rc<OwnedFd>,
+    fd: Arc<OwnedFd>,
     /// For messages only.
     path: PathBuf,
 }
@@ -81,7 +81,7 @@ impl Folder {
         let fd = rustix::fs::open(path, READ_FOLDER, Mode::empty())
             .map_err(|error| refusal(path.to_owned(), "open", error))?;
         Ok(Self {
-            fd: Rc::new(fd),
+            fd: Arc::new(fd),
             path: path.to_owned(),
         })
     }
@@ -104,7 +104,7 @@ impl Folder {
     pub fn enter(&self, name: &OsStr) -> Result<Self, FolderError> {
         let fd = self.open_name(name, READ_FOLDER, Mode::empty())?;
         Ok(Self {
-            fd: Rc::new(fd),
+            fd: Arc::new(fd),
             path: self.path.join(name),
         })
     }

@@ -16,12 +16,12 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::cgroup::Group;
 use crate::clock::Clock;
-use crate::copy::{Copy, Copying};
+use crate::copy::Copy;
 use crate::error::JailError;
 use crate::folder::Owner;
 use crate::keeper::{self, AllMade, Keeper, Pooled};
 use crate::plan::{Handed, Maker, PROC, Plan};
-use crate::process::{self, Beside, HeldSignals, Side};
+use crate::process::{self, HeldSignals, Side};
 use crate::report::{self, Reporter};
 use crate::tree::{PidFile, Tree};
 use crate::{limits, privileges, root, user};
@@ -50,8 +50,8 @@ struct Rest {
 enum Writer {
     /// The VMM's parent.
     Parent(Copy),
-    /// One that there is only for that.
-    Another(Copying),
+    /// The keeper.
+    Keeper(Keeper),
 }
 
 /// Makes the jail and starts the VMM in it: in this process, which is the return only of an error, or in a child.
@@ -75,13 +75,16 @@ pub fn start(plan: Plan, clock: Clock, waiting: &mut Option<Reporter>) -> Result
         arguments,
         fate,
     } = plan;
-    let beside = match maker {
-        Maker::Root if !new_pid_ns => Some(Beside::start().map_err(JailError::Fork)?),
+    let keeper = match maker {
+        Maker::Root if !new_pid_ns => Some(Keeper::start().map_err(JailError::Keeper)?),
         Maker::Root | Maker::User => None,
     };
     let (tree, copy) = Tree::begin(&base, program, &id, owner, &mut made.files)?;
-    let writer = match beside {
-        Some(beside) => Writer::Another(copy.beside(beside)),
+    let writer = match keeper {
+        Some(keeper) => {
+            keeper.write(copy);
+            Writer::Keeper(keeper)
+        }
         None => Writer::Parent(copy),
     };
     let pid_file = tree.furnish(owner, maker == Maker::Root, &mut made.files)?;
@@ -107,26 +110,23 @@ pub fn start(plan: Plan, clock: Clock, waiting: &mut Option<Reporter>) -> Result
     });
     match writer {
         Writer::Parent(copy) => start_child(jail, copy, made, pooled, clock, waiting),
-        Writer::Another(copying) => become_vmm(jail, copying, made, pooled, clock, waiting),
+        Writer::Keeper(keeper) => become_vmm(jail, keeper, made, pooled, clock, waiting),
     }
 }
 
 /// This process becomes the VMM.
 fn become_vmm(
     jail: Jail,
-    copying: Copying,
+    keeper: Keeper,
     made: AllMade,
     pooled: Option<Pooled>,
     clock: Clock,
     waiting: &mut Option<Reporter>,
 ) -> Result<u8, JailError> {
     jail.pid_file.write(getpid()).map_err(JailError::Pid)?;
-    let (mut keeper, coming) = Keeper::leave(made, pooled).map_err(JailError::Keeper)?;
-    let others = || {
-        coming.settle().map_err(JailError::Keeper)?;
-        copying.finish().map_err(JailError::Folder)
-    };
-    let error = jail.enter(clock, others, || {
+    keeper.take_over(made, pooled).map_err(JailError::Keeper)?;
+    let written = || keeper.written().map_err(JailError::Folder);
+    let error = jail.enter(clock, written, || {
         keeper.ready();
         if let Some(waiting) = waiting {
             waiting.ready();
@@ -271,8 +271,6 @@ impl Jail {
             }
         }
         umask(Mode::RWXG | Mode::RWXO);
-        // The VMM's limits, of files' sizes and of memory, are not for the copy.
-        written()?;
         for group in &self.groups {
             group.join()?;
         }
@@ -282,6 +280,8 @@ impl Jail {
             fcntl_setfd(&handed.fd, FdFlags::empty())
                 .map_err(|error| JailError::Inherited(error.into()))?;
         }
+        // As late as can be: it takes as long as all of this.
+        written()?;
         Ok(process)
     }
 

@@ -1,27 +1,33 @@
 //! Whoever stays behind when the jailer's process becomes the VMM: removes what must not be left.
 //!
+//! Where the jailer's own process becomes the VMM, it is another one that is there from the start, and that shares its memory and its
+//! descriptors until then: no fork, and what was made is known to both. First it writes the program's copy, which takes as
+//! long as all the rest.
+//!
 //! If the VMM cannot be started, that is all that was made, which the process itself cannot remove any more: it has no
 //! privileges then. At the VMM's end, whatever that was, it is the VMM's control groups. Of a VMM that waited in a pool and
 //! has not become a machine it is the jail as well, once the VMM was killed: nobody misses it.
 
+use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::fs::File;
+use std::hint::spin_loop;
 use std::io::{self, Read, Write};
+use std::mem;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::process::exit;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitOptions, chdir, getpid, pidfd_open, pidfd_send_signal, setsid,
-    waitpid,
-};
+use rustix::process::{PidfdFlags, Signal, chdir, getpid, pidfd_open, pidfd_send_signal, setsid};
+use rustix::thread::futex;
 
-use crate::folder::{Folder, Made};
+use crate::copy::Copy;
+use crate::folder::{Folder, FolderError, Made, Owner};
 use crate::privileges;
-use crate::process::{self, Side};
-use crate::report::{self, Outcome, Reporter};
+use crate::process;
 
 /// How long a group may still be in use after its last process has ended: the kernel clears up behind it.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -107,121 +113,199 @@ impl Pooled {
     }
 }
 
-/// The way from the process that becomes the VMM to its keeper.
+/// The keeper of a process that becomes a VMM, seen from there.
 pub struct Keeper {
-    reporter: Reporter,
-    files_gone: File,
+    shared: &'static Shared,
+    /// What it was given to write, open until it has.
+    copy: RefCell<Option<Copy>>,
 }
 
-/// A keeper that is about to be there.
-pub struct Coming {
-    /// Who makes it, until that has ended.
-    maker: Option<Pid>,
+/// What both processes have before them. Each writes its own word alone; the kernel writes 0 to it at its process's end.
+struct Shared {
+    /// What the keeper is to do: one of the orders.
+    order: AtomicU32,
+    /// What it has done: one of the reports.
+    report: AtomicU32,
+    work: OnceLock<([RawFd; 2], Owner)>,
+    duties: Mutex<Option<Duties>>,
+    /// Whether the VMM is about to run.
+    ready: AtomicBool,
+}
+
+/// The process has become the VMM, or has ended.
+const GONE: u32 = 0;
+const WAIT: u32 = 1;
+const WRITE: u32 = 2;
+/// The VMM cannot be started.
+const CLEAR: u32 = 3;
+
+const NOT_YET: u32 = 1;
+const WRITTEN: u32 = 2;
+const CLEARED: u32 = 3;
+/// The number of an error comes on top.
+const ERROR: u32 = 1 << 16;
+
+/// What the keeper is to see to.
+struct Duties {
     made: AllMade,
-}
-
-impl Coming {
-    /// Waits until there is a keeper. If there is none, what was made is gone.
-    pub fn settle(mut self) -> io::Result<()> {
-        self.wait()
-    }
-
-    fn wait(&mut self) -> io::Result<()> {
-        if let Some(maker) = self.maker.take() {
-            if wait_for(maker)? != 0 {
-                return Err(io::Error::other("cannot fork"));
-            }
-            std::mem::take(&mut self.made).keep();
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Coming {
-    fn drop(&mut self) {
-        // What is not in a keeper's hands goes with this.
-        drop(self.wait());
-    }
+    pooled: Option<Pooled>,
+    /// The process that becomes the VMM.
+    pidfd: OwnedFd,
 }
 
 impl Keeper {
-    /// Leaves a keeper behind for this process, which must not have joined a group yet. It makes itself while this process
-    /// goes on.
-    pub fn leave(made: AllMade, pooled: Option<Pooled>) -> io::Result<(Self, Coming)> {
-        let (reporter, outcome) = report::pair()?;
-        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
-        let pidfd = pidfd_open(getpid(), PidfdFlags::empty())?;
-        match process::fork()? {
-            Side::Child => {
-                let needed = [outcome.as_raw_fd(), writer.as_raw_fd(), pidfd.as_raw_fd()];
-                let of_pool = pooled.iter().flat_map(Pooled::descriptors);
-                // Here, since the VMM's process waits for this one's end: its files are not to be open anywhere else when it runs.
-                let result = detach(needed.into_iter().chain(of_pool).chain(made.descriptors()));
-                if result.is_err() {
-                    exit(1);
-                }
-                // Once more, so that the VMM has no child that it knows nothing of.
-                let status = match process::fork() {
-                    Ok(Side::Child) => keep(made, pooled, outcome, writer, &pidfd),
-                    Ok(Side::Parent(_)) => 0,
-                    Err(_) => 1,
-                };
-                exit(status)
+    /// Starts it, for this process, which must not have joined a group yet.
+    pub fn start() -> io::Result<Self> {
+        let shared: &'static Shared = Box::leak(Box::new(Shared {
+            order: AtomicU32::new(WAIT),
+            report: AtomicU32::new(NOT_YET),
+            work: OnceLock::new(),
+            duties: Mutex::new(None),
+            ready: AtomicBool::new(false),
+        }));
+        process::tell_end(&shared.order);
+        process::share(keep, shared, &shared.report)?;
+        Ok(Keeper {
+            shared,
+            copy: RefCell::new(None),
+        })
+    }
+
+    /// Has it write the program's copy.
+    pub fn write(&self, copy: Copy) {
+        // Only the first is written.
+        let _ = self.shared.work.set(copy.work());
+        self.copy.replace(Some(copy));
+        tell(&self.shared.order, WRITE);
+    }
+
+    /// Waits until that is written. Then nobody has it open for writing.
+    pub fn written(&self) -> Result<(), FolderError> {
+        let Some(copy) = self.copy.take() else {
+            return Ok(());
+        };
+        match wait_while(&self.shared.report, NOT_YET) {
+            WRITTEN => Ok(()),
+            ERROR.. => {
+                let number = self.shared.report.load(Ordering::Acquire) - ERROR;
+                let number = i32::try_from(number).unwrap_or_default();
+                Err(copy.failed(io::Error::from_raw_os_error(number)))
             }
-            Side::Parent(maker) => {
-                let keeper = Self {
-                    reporter,
-                    files_gone: reader.into(),
-                };
-                let maker = Some(maker);
-                Ok((keeper, Coming { maker, made }))
-            }
+            _ => Err(copy.failed(io::Error::other("the process that does it was killed"))),
         }
+    }
+
+    /// Leaves it what was made.
+    pub fn take_over(&self, made: AllMade, pooled: Option<Pooled>) -> io::Result<()> {
+        let pidfd = pidfd_open(getpid(), PidfdFlags::empty())?;
+        let duties = Duties {
+            made,
+            pooled,
+            pidfd,
+        };
+        if let Ok(mut place) = self.shared.duties.lock() {
+            *place = Some(duties);
+        }
+        Ok(())
     }
 
     /// Says that the VMM is about to run. Whatever ends this process from now on is the VMM's end.
-    pub fn ready(&mut self) {
-        self.reporter.ready();
+    pub fn ready(&self) {
+        self.shared.ready.store(true, Ordering::Release);
     }
 
-    /// Lets the keeper remove what was made. Groups go when this process has ended.
-    pub fn clear(mut self) {
-        self.reporter.failed("not started");
-        // The keeper's end of the pipe closes when the files are gone.
-        drop(self.files_gone.read(&mut [0]));
+    /// Lets it remove what was made. Groups go when this process has ended.
+    pub fn clear(self) {
+        drop(self.written());
+        let before = self.shared.report.load(Ordering::Acquire);
+        tell(&self.shared.order, CLEAR);
+        if before != GONE {
+            wait_while(&self.shared.report, before);
+        }
     }
 }
 
-fn wait_for(child: Pid) -> io::Result<i32> {
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        // Its descriptors are not to be closed as long as they are used.
+        drop(self.written());
+    }
+}
+
+fn tell(word: &AtomicU32, what: u32) {
+    word.store(what, Ordering::Release);
+    // Nothing is lost if nobody waits.
+    let _ = futex::wake(word, futex::Flags::empty(), 1);
+}
+
+/// Waits until `word` is something else, and returns that.
+fn wait_while(word: &AtomicU32, before: u32) -> u32 {
     loop {
-        match waitpid(Some(child), WaitOptions::empty()) {
-            Ok(Some((_, status))) => return Ok(status.exit_status().unwrap_or(1)),
-            Ok(None) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
+        match word.load(Ordering::Acquire) {
+            // Woken, or it has changed, or a signal came: it is looked at again.
+            now if now == before => drop(futex::wait(word, futex::Flags::empty(), before, None)),
+            now => return now,
         }
     }
 }
 
-/// The keeper's life. Returns its exit status.
-fn keep(
-    mut made: AllMade,
-    pooled: Option<Pooled>,
-    outcome: Outcome,
-    files_gone: OwnedFd,
-    pidfd: &OwnedFd,
-) -> i32 {
-    match outcome.wait() {
-        Ok(()) => {
-            drop(files_gone);
-            stay(made, pooled, pidfd);
+/// The same, at first busily: a processor that has gone to sleep takes 0.1 to 0.2 ms to wake up where it is a virtual one.
+fn wait_busily_while(word: &AtomicU32, before: u32) -> u32 {
+    const TURNS: u32 = 20_000;
+    for _ in 0..TURNS {
+        if word.load(Ordering::Acquire) != before {
+            break;
         }
-        Err(_) => {
-            drop(std::mem::take(&mut made.files));
-            drop(files_gone);
-            remove_groups_after(pidfd, made);
-        }
+        spin_loop();
     }
-    0
+    wait_while(word, before)
+}
+
+/// The keeper's life. Until the other process is gone, or waits, it does nothing but what [`process::share`] allows.
+fn keep(shared: &Shared, is_elsewhere: bool) {
+    // A terminal that ends the jailer does not end what it has left behind.
+    let _ = process::block_all_signals();
+    let _ = setsid();
+    let _ = chdir("/");
+    let mut order = match is_elsewhere {
+        true => wait_busily_while(&shared.order, WAIT),
+        false => wait_while(&shared.order, WAIT),
+    };
+    if order == WRITE
+        && let Some((files, owner)) = shared.work.get()
+    {
+        let report = match process::copy_between(*files, *owner) {
+            Ok(()) => WRITTEN,
+            Err(error) => ERROR + error.raw_os_error().cast_unsigned(),
+        };
+        tell(&shared.report, report);
+        order = wait_while(&shared.order, WRITE);
+    }
+    // Nobody holds it who is still there.
+    let Some(mut duties) = shared.duties.try_lock().ok().and_then(|mut d| d.take()) else {
+        return;
+    };
+    let runs = order == GONE && shared.ready.load(Ordering::Acquire);
+    if !runs {
+        drop(mem::take(&mut duties.made.files));
+    }
+    if order == CLEAR {
+        tell(&shared.report, CLEARED);
+        wait_while(&shared.order, CLEAR);
+    }
+    let Duties {
+        made,
+        pooled,
+        pidfd,
+    } = duties;
+    // From here on memory and descriptors are its own.
+    let of_pool = pooled.iter().flat_map(Pooled::descriptors);
+    let needed = [pidfd.as_raw_fd()].into_iter().chain(of_pool);
+    drop(process::close_all_but(0, needed.chain(made.descriptors())));
+    match runs {
+        true => stay(made, pooled, &pidfd),
+        false => remove_groups_after(&pidfd, made),
+    }
 }
 
 /// The same, for a process that is the VMM's parent, and has seen it start.
@@ -234,10 +318,10 @@ pub fn stay_detached(made: AllMade, pooled: Option<Pooled>, pidfd: &OwnedFd) {
 
 /// Removes what must not be left of a VMM that runs.
 fn stay(mut made: AllMade, pooled: Option<Pooled>, pidfd: &OwnedFd) {
-    let files = std::mem::take(&mut made.files);
+    let files = mem::take(&mut made.files);
     if pooled.is_none_or(|pooled| pooled.became_machine(pidfd)) {
         files.keep();
-        std::mem::take(&mut made.parents).keep();
+        mem::take(&mut made.parents).keep();
     } else {
         drop(files);
     }

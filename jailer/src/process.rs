@@ -2,20 +2,18 @@
 #![allow(unsafe_code)] // fork, clone, execveat, close_range, unshare and signals
 
 use std::ffi::{CStr, CString, c_char};
-use std::hint::spin_loop;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 
 use lepton_hostio::scheduler::ask_for_short_slices;
 use lepton_hostio::streams;
 use rustix::fs::{FallocateFlags, copy_file_range, fallocate, fchown, fstat, sendfile};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, WaitOptions, set_parent_process_death_signal, waitpid};
+use rustix::process::{Pid, WaitOptions, waitpid};
 use rustix::thread::{
-    CpuSet, UnshareFlags, futex, sched_getaffinity, sched_getcpu, sched_setaffinity, unshare_unsafe,
+    CpuSet, UnshareFlags, sched_getaffinity, sched_getcpu, sched_setaffinity, unshare_unsafe,
 };
 
 use crate::folder::Owner;
@@ -73,14 +71,14 @@ pub fn fork_into(namespaces: libc::c_int) -> io::Result<Side> {
 }
 
 /// Copies all of the first file to the second, and gives that to `owner`. Nothing but system calls by way of rustix, which
-/// keeps nothing in memory but on the stack: see [`Beside`].
+/// keeps nothing in memory but on the stack: see [`share`].
 pub fn copy([from, to]: [BorrowedFd<'_>; 2], owner: Owner) -> Result<(), Errno> {
     const MOST: usize = 1 << 30;
     // Where the file system can, a fifth faster than to find room for each page.
     if let Ok(length) = u64::try_from(fstat(from)?.st_size) {
-        match fallocate(to, FallocateFlags::empty(), 0, length) {
-            Err(error @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) => return Err(error),
-            Ok(()) | Err(_) => {}
+        let room = fallocate(to, FallocateFlags::empty(), 0, length);
+        if let Err(error @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) = room {
+            return Err(error);
         }
     }
     let mut some = false;
@@ -100,6 +98,15 @@ pub fn copy([from, to]: [BorrowedFd<'_>; 2], owner: Owner) -> Result<(), Errno> 
     fchown(to, Some(owner.uid), Some(owner.gid))
 }
 
+/// The same, of descriptors that are open until this returns.
+pub fn copy_between(files: [RawFd; 2], owner: Owner) -> Result<(), Errno> {
+    // SAFETY: by this function's contract.
+    copy(
+        files.map(|file| unsafe { BorrowedFd::borrow_raw(file) }),
+        owner,
+    )
+}
+
 /// Sends a process, 0 the one that calls, to a processor other than `from`, if it may run on any. Later it may come back: nothing is
 /// done but what puts it into another queue now. The kernel starts a process where its parent runs more often than where nobody
 /// does, and there it would wait for its parent, or its parent for it. False: there is no other processor.
@@ -117,150 +124,96 @@ fn move_off(pid: Option<Pid>, from: usize) -> Result<bool, Errno> {
     Ok(true)
 }
 
-/// A process beside this one, to copy a file: it shares this one's memory and descriptors, so it is started in a fraction of the
-/// time of a fork. It is killed if this process ends.
-pub struct Beside {
-    /// Until it has ended.
-    pid: Option<Pid>,
-    shared: &'static Shared,
-    /// Open until it has done its work.
-    files: Option<[OwnedFd; 2]>,
-}
-
-/// What both processes have before them.
-struct Shared {
-    /// The processor that the other process was on.
+/// What a process that shares this one's memory begins with.
+struct Start<T: 'static> {
+    body: fn(&T, bool),
+    argument: &'static T,
+    gone: &'static AtomicU32,
+    /// The processor that this process is on.
     other: usize,
-    work: OnceLock<Option<Work>>,
-    /// Whether there is something in `work`.
-    given: AtomicU32,
+    pid: AtomicI32,
+    stack: StackTop,
 }
 
-struct Work {
-    files: [RawFd; 2],
-    owner: Owner,
+/// Where a stack begins, for whom nobody else has it.
+#[derive(Clone, Copy)]
+struct StackTop(*mut libc::c_void);
+
+// SAFETY: an address, which the kernel alone uses.
+unsafe impl Sync for StackTop {}
+
+/// A stack that is there for good: the process that has become the VMM has other memory. What is not used of it takes none.
+fn new_stack() -> StackTop {
+    const STACK: usize = 64 << 10;
+    let stack = Box::<[u128]>::new_uninit_slice(STACK / size_of::<u128>());
+    StackTop(Box::leak(stack).as_mut_ptr_range().end.cast())
 }
 
-impl Shared {
-    /// The work, once there is some. At first busily: a processor that has gone to sleep takes 0.1 to 0.2 ms to wake up where it
-    /// is a virtual one.
-    fn wait(&self, busily: bool) -> Option<&Work> {
-        const TURNS: u32 = 100_000;
-        let mut turns = if busily { TURNS } else { 0 };
-        loop {
-            if let Some(work) = self.work.get() {
-                return work.as_ref();
-            }
-            if turns > 0 {
-                turns -= 1;
-                spin_loop();
-            } else {
-                // Woken, or there is something already, or a signal came: it is looked at again.
-                let _ = futex::wait(&self.given, futex::Flags::PRIVATE, 0, None);
-            }
+/// Starts a process that shares this one's memory and descriptors, in a fraction of the time of a fork, and on another processor
+/// if there is one, which `body` is told of. It is nobody's child, so that the VMM has none that it knows nothing of. When it ends, the
+/// kernel writes 0 to `gone`, and wakes who waits there.
+///
+/// It has this process's thread-local values, too: while both run, `body` makes system calls by way of rustix, which keeps
+/// nothing but on the stack, and uses atomic values. Once this process has become another program, or waits for it, it
+/// may do anything.
+pub fn share<T: Sync + 'static>(
+    body: fn(&T, bool),
+    argument: &'static T,
+    gone: &'static AtomicU32,
+) -> io::Result<()> {
+    const SHARED: libc::c_int = libc::CLONE_VM | libc::CLONE_FILES;
+    extern "C" fn begin<T: Sync + 'static>(start: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: `share` gives its Start, which is there for good and which nobody changes but by atomic operations.
+        let start = unsafe { &*start.cast::<Start<T>>() };
+        tell_end(start.gone);
+        // Where it is on another one, its parent has the first one for itself.
+        let is_elsewhere =
+            sched_getcpu() != start.other || move_off(None, start.other).unwrap_or(false);
+        (start.body)(start.argument, is_elsewhere);
+        0
+    }
+    extern "C" fn between<T: Sync + 'static>(start: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: as above.
+        let it = unsafe { &*start.cast::<Start<T>>() };
+        let flags = SHARED | libc::SIGCHLD;
+        // SAFETY: as below, but that both processes run from here on, by the rules of `share`.
+        let pid = unsafe { libc::clone(begin::<T>, it.stack.0, flags, start) };
+        it.pid.store(pid, Ordering::Relaxed);
+        0
+    }
+    let start: &'static Start<T> = Box::leak(Box::new(Start {
+        body,
+        argument,
+        gone,
+        other: sched_getcpu(),
+        pid: AtomicI32::new(-1),
+        stack: new_stack(),
+    }));
+    let flags = SHARED | libc::CLONE_VFORK | libc::SIGCHLD;
+    // SAFETY: the stack is aligned as it has to be and nobody else's, and grows downwards from its end. The new process
+    // has this one's memory and its thread pointer, while this one stands still. It ends without Rust's or the C library's
+    // knowledge, by the system call that the C library's `clone` makes behind `between`.
+    let between = unsafe {
+        let argument = ptr::from_ref(start).cast_mut().cast();
+        libc::clone(between::<T>, new_stack().0, flags, argument)
+    };
+    if let Side::Parent(between) = side(between.into())? {
+        while let Err(Errno::INTR) = waitpid(Some(between), WaitOptions::empty()) {}
+    }
+    match side(start.pid.load(Ordering::Relaxed).into()) {
+        Ok(Side::Parent(pid)) => {
+            let _ = move_off(Some(pid), start.other);
+            Ok(())
         }
+        _ => Err(io::Error::other("cannot start another process")),
     }
 }
 
-impl Beside {
-    /// Starts it. By the time that there is work for it, it should be on a processor.
-    pub fn start() -> io::Result<Self> {
-        const STACK: usize = 16 << 10;
-        extern "C" fn begin(shared: *mut libc::c_void) -> libc::c_int {
-            // SAFETY: `start` gives its Shared, which is there for good and which both change by atomic operations alone.
-            let shared = unsafe { &*shared.cast::<Shared>() };
-            let result = set_parent_process_death_signal(Some(Signal::KILL)).and_then(|()| {
-                // Where it is on another one, its parent has the first one for itself.
-                let is_elsewhere =
-                    sched_getcpu() != shared.other || move_off(None, shared.other).unwrap_or(false);
-                let Some(work) = shared.wait(is_elsewhere) else {
-                    return Ok(());
-                };
-                // SAFETY: the other process, whose descriptors these are, keeps them open until this one has ended.
-                let files = work
-                    .files
-                    .map(|file| unsafe { BorrowedFd::borrow_raw(file) });
-                copy(files, work.owner)
-            });
-            result.err().map_or(0, Errno::raw_os_error)
-        }
-        // For good: the process that has become the VMM has other memory.
-        let stack: &'static mut [u128] = Box::leak(vec![0; STACK / size_of::<u128>()].into());
-        let shared: &'static Shared = Box::leak(Box::new(Shared {
-            other: sched_getcpu(),
-            work: OnceLock::new(),
-            given: AtomicU32::new(0),
-        }));
-        let flags = libc::CLONE_VM | libc::CLONE_FILES | libc::SIGCHLD;
-        // SAFETY: the stack is aligned as it has to be and nobody else's, and grows downwards from its end. The new process
-        // has this one's memory and its thread pointer, by which it changes nothing: it does what `begin` does, and ends without
-        // Rust's or the C library's knowledge, by the system call that the C library's `clone` makes behind `begin`.
-        let pid = unsafe {
-            let top = stack.as_mut_ptr_range().end.cast();
-            let argument = ptr::from_ref(shared).cast_mut().cast();
-            libc::clone(begin, top, flags, argument)
-        };
-        match side(pid.into())? {
-            Side::Parent(pid) => {
-                let _ = move_off(Some(pid), shared.other);
-                Ok(Beside {
-                    pid: Some(pid),
-                    shared,
-                    files: None,
-                })
-            }
-            Side::Child => Err(io::Error::other("clone has returned in the new process")),
-        }
-    }
-
-    /// Has it do what [`copy`] does.
-    pub fn copy(&mut self, files: [OwnedFd; 2], owner: Owner) {
-        self.give(Some(Work {
-            files: files.each_ref().map(AsRawFd::as_raw_fd),
-            owner,
-        }));
-        self.files = Some(files);
-    }
-
-    fn give(&self, work: Option<Work>) {
-        // What was given first counts.
-        let _ = self.shared.work.set(work);
-        self.shared.given.store(1, Ordering::Release);
-        // Nothing is lost if it does not wait.
-        let _ = futex::wake(&self.shared.given, futex::Flags::PRIVATE, 1);
-    }
-
-    /// Waits for its end, and says how it went.
-    pub fn finish(mut self) -> io::Result<()> {
-        self.wait()
-    }
-
-    fn wait(&mut self) -> io::Result<()> {
-        let Some(pid) = self.pid.take() else {
-            return Ok(());
-        };
-        self.give(None);
-        let result = loop {
-            break match waitpid(Some(pid), WaitOptions::empty()) {
-                Err(Errno::INTR) | Ok(None) => continue,
-                Err(error) => Err(error.into()),
-                Ok(Some((_, status))) => match status.exit_status() {
-                    Some(0) => Ok(()),
-                    Some(error) => Err(io::Error::from_raw_os_error(error)),
-                    None => Err(io::Error::other("the process that does it was killed")),
-                },
-            };
-        };
-        // No program can be run as long as it is open for writing.
-        self.files = None;
-        result
-    }
-}
-
-impl Drop for Beside {
-    fn drop(&mut self) {
-        drop(self.wait());
-    }
+/// Has the kernel write 0 to `word`, and wake who waits there, when this process ends or becomes another program, as long as another
+/// one shares its memory (set_tid_address(2)).
+pub fn tell_end(word: &'static AtomicU32) {
+    // SAFETY: the word is there for good, and is changed by atomic operations alone.
+    unsafe { libc::syscall(libc::SYS_set_tid_address, word.as_ptr()) };
 }
 
 /// Gives this process a mount namespace of its own.

@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, OFlags, fstat, makedev};
+use rustix::fs::{FileType, OFlags, fstat, major, makedev, minor};
 use rustix::process::Pid;
 
 use crate::copy::Copy;
@@ -53,11 +53,16 @@ impl Program {
         };
         // A named pipe must not hold us up.
         let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-        let file = File::options()
-            .read(true)
-            .custom_flags(flags.bits().cast_signed())
-            .open(path)
-            .map_err(failed)?;
+        let open = |flags: OFlags| {
+            let mut options = File::options();
+            options.custom_flags(flags.bits().cast_signed());
+            options.read(true).open(path)
+        };
+        // Its name is known where it is no link.
+        let (file, name) = match (open(flags | OFlags::NOFOLLOW), path.file_name()) {
+            (Ok(file), Some(name)) => (file, Some(name.to_owned())),
+            _ => (open(flags).map_err(failed)?, None),
+        };
         let stat = fstat(&file).map_err(|error| failed(error.into()))?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return Err(ProgramError::NotAFile(path.to_owned()));
@@ -65,9 +70,14 @@ impl Program {
         if stat.st_mode & 0o111 == 0 {
             return Err(ProgramError::NotExecutable(path.to_owned()));
         }
-        let found = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        let found = found.map_err(failed)?;
-        let name = found.file_name().unwrap_or_default().to_owned();
+        let found = || std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let name = match name {
+            Some(name) => name,
+            None => {
+                let found = found().map_err(failed)?;
+                found.file_name().unwrap_or_default().to_owned()
+            }
+        };
         Ok(Self {
             file,
             name,
@@ -114,6 +124,13 @@ pub fn userfaultfd_minor(misc: &str) -> Option<u32> {
 
 /// The same, of this kernel.
 fn userfaultfd() -> Option<u32> {
+    // The host's own, where there is one, is found sooner.
+    if let Ok(found) = rustix::fs::stat("/dev/userfaultfd")
+        && FileType::from_raw_mode(found.st_mode) == FileType::CharacterDevice
+        && major(found.st_rdev) == MISC
+    {
+        return Some(minor(found.st_rdev));
+    }
     // A page is what the kernel hands out at once, and several times what there is.
     let mut misc = [0; 4096];
     let length = File::open("/proc/misc").ok()?.read(&mut misc).ok()?;

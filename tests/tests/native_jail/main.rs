@@ -34,6 +34,7 @@ fn main() -> ExitCode {
             test!(what_the_command_line_cannot_mean),
             test!(what_is_not_there).needs(Need::Root),
             test!(a_jail_that_is_there_already).needs(Need::Root),
+            test!(a_full_disk_leaves_nothing).needs(Need::Root),
             test!(a_program_that_cannot_be_run_leaves_nothing).needs(Need::Root),
             test!(a_session_from_outside_is_no_surprise).needs(Need::Root),
             test!(a_group_that_cannot_be_leaves_nothing).needs(Need::Root),

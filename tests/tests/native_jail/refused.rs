@@ -7,6 +7,7 @@ use std::process::Command;
 
 use lepton_tests::jail::{Jail, wait_until_gone};
 use lepton_tests::programs;
+use lepton_tests::small::SmallFileSystem;
 
 fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
     let output = Command::new(programs::jailer())
@@ -163,6 +164,29 @@ pub fn a_jail_that_is_there_already() {
         .collect();
     assert_eq!(now, left);
     assert_eq!(first.api().state(), "Not started");
+}
+
+/// Whoever writes the copy of the program: the keeper, or the parent of the VMM.
+pub fn a_full_disk_leaves_nothing() {
+    for more in [&[][..], &["--new-pid-ns"]] {
+        let small = SmallFileSystem::of_mib(1);
+        let base = small.path("");
+        let mut command = Command::new(programs::jailer());
+        command
+            .args(["--id=a", "--uid=1", "--gid=1", "--exec-file"])
+            .arg(programs::vmm())
+            .arg("--chroot-base-dir")
+            .arg(&base)
+            .args(more)
+            .arg("--");
+        let message = Jail::refusal_of(command);
+        assert!(
+            message.contains("/root/lepton-vmm: copy: No space left"),
+            "{message}"
+        );
+        let left: Vec<_> = fs::read_dir(base).expect("a folder").collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
 }
 
 /// A program that is a script without an interpreter, or that needs a dynamic linker, is only refused by execve, when
