@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 
 use lepton_hostio::scheduler::ask_for_short_slices;
 use lepton_hostio::streams;
-use rustix::fs::{FallocateFlags, copy_file_range, fallocate, fchown, fstat, sendfile};
+use rustix::fs::{copy_file_range, fchown, sendfile};
 use rustix::io::Errno;
 use rustix::process::{Pid, WaitOptions, waitpid};
 use rustix::thread::{
@@ -74,13 +74,7 @@ pub fn fork_into(namespaces: libc::c_int) -> io::Result<Side> {
 /// keeps nothing in memory but on the stack: see [`share`].
 pub fn copy([from, to]: [BorrowedFd<'_>; 2], owner: Owner) -> Result<(), Errno> {
     const MOST: usize = 1 << 30;
-    // Where the file system can, a fifth faster than to find room for each page.
-    if let Ok(length) = u64::try_from(fstat(from)?.st_size) {
-        let room = fallocate(to, FallocateFlags::empty(), 0, length);
-        if let Err(error @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) = room {
-            return Err(error);
-        }
-    }
+    // No room is made ahead, though that would be a fifth faster: what goes before it is written back then never needs any.
     let mut some = false;
     loop {
         match copy_file_range(from, None, to, None, MOST) {
