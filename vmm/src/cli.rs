@@ -77,7 +77,7 @@ pub struct Cli {
     pub no_landlock: bool,
 
     /// Folder or file that requests may name once the machine was started; nothing else is then in reach but the folders
-    /// of drives. May be repeated [default: /].
+    /// of drives. May be repeated [default: /, and nothing with --no-api].
     #[arg(long, value_name = "PATH")]
     pub allow_path: Vec<PathBuf>,
 
@@ -153,6 +153,17 @@ fn parse_memory(text: &str) -> Result<MemorySize, String> {
 // clap parses a default as if it had been typed, which costs as much as all the options of a usual command line. So the
 // three defaults are given here instead.
 impl Cli {
+    /// Where requests may open files after the start.
+    pub fn allowed_paths(&self) -> Vec<PathBuf> {
+        match self.allow_path.as_slice() {
+            // There are no requests.
+            [] if self.no_api => Vec::new(),
+            // Clients of Firecracker save machines wherever they like.
+            [] => vec!["/".into()],
+            paths => paths.to_vec(),
+        }
+    }
+
     /// Where the API listens.
     pub fn api_socket(&self) -> &Path {
         self.api_sock
@@ -189,6 +200,16 @@ mod tests {
 
     fn parse(args: &[&str]) -> Result<Cli, clap::Error> {
         Cli::try_parse_from([&["lepton-vmm"], args].concat())
+    }
+
+    #[test]
+    fn without_an_api_nothing_is_in_reach_for_requests() {
+        let allowed = |arguments: &[&str]| parse(arguments).unwrap().allowed_paths();
+        let alone = ["--no-api", "--config-file", "x"];
+        assert_eq!(allowed(&[]), [PathBuf::from("/")]);
+        assert!(allowed(&alone).is_empty());
+        let named = [&alone[..], &["--allow-path", "/tmp"]].concat();
+        assert_eq!(allowed(&named), [PathBuf::from("/tmp")]);
     }
 
     #[test]

@@ -227,11 +227,7 @@ fn allowed_paths(cli: &Cli) -> Result<Vec<PathBuf>, Failure> {
         let named = format!("--allow-path {}", path.display());
         std::fs::metadata(path).map_err(failure(ExitCode::BadArguments, &named))?;
     }
-    Ok(match cli.allow_path.as_slice() {
-        // Clients of Firecracker save machines wherever they like.
-        [] => vec!["/".into()],
-        paths => paths.to_vec(),
-    })
+    Ok(cli.allowed_paths())
 }
 
 /// Takes what this process was started with, before any other descriptor is opened.
