@@ -53,16 +53,11 @@ impl Program {
         };
         // A named pipe must not hold us up.
         let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-        let open = |flags: OFlags| {
-            let mut options = File::options();
-            options.custom_flags(flags.bits().cast_signed());
-            options.read(true).open(path)
-        };
-        // Its name is known where it is no link.
-        let (file, name) = match (open(flags | OFlags::NOFOLLOW), path.file_name()) {
-            (Ok(file), Some(name)) => (file, Some(name.to_owned())),
-            _ => (open(flags).map_err(failed)?, None),
-        };
+        let file = File::options()
+            .read(true)
+            .custom_flags(flags.bits().cast_signed())
+            .open(path)
+            .map_err(failed)?;
         let stat = fstat(&file).map_err(|error| failed(error.into()))?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return Err(ProgramError::NotAFile(path.to_owned()));
@@ -70,14 +65,10 @@ impl Program {
         if stat.st_mode & 0o111 == 0 {
             return Err(ProgramError::NotExecutable(path.to_owned()));
         }
-        let found = || std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        let name = match name {
-            Some(name) => name,
-            None => {
-                let found = found().map_err(failed)?;
-                found.file_name().unwrap_or_default().to_owned()
-            }
-        };
+        // The path itself is not looked up again.
+        let found = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let found = found.map_err(failed)?;
+        let name = found.file_name().unwrap_or_default().to_owned();
         Ok(Self {
             file,
             name,
