@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 
 use crate::api::Api;
 use crate::host_socket::HostSocket;
-use crate::vmm::{Ended, Vmm};
+use crate::origin::Origin;
+use crate::vmm::{Builder, Ended, Vmm};
 use crate::{PATIENCE, suite::Need};
 
 /// What every test with this guest needs.
@@ -66,11 +67,11 @@ impl Output {
 
 impl Linux {
     /// Boots with more kernel arguments, and a configuration that `change` makes of the usual one: 1 vCPU, 128 MiB,
-    /// the image as root drive, a vsock.
+    /// the image as root drive, a vsock. Or comes of one that has, in the way that the suite asks for.
     #[track_caller]
-    pub fn boot(arguments: &str, change: impl FnOnce(&Vmm, &mut Value)) -> Self {
-        let (vmm, mut api) = Vmm::with_api();
-        let uds_path = vmm.directory().join("v.sock");
+    pub fn boot(arguments: &str, change: impl FnOnce(&Builder, &mut Value)) -> Self {
+        let builder = Vmm::builder();
+        let uds_path = builder.directory().join("v.sock");
         let mut config = json!({
             "boot-source": {
                 "kernel_image_path": file("LEPTON_KERNEL"),
@@ -85,7 +86,19 @@ impl Linux {
             }],
             "vsock": { "guest_cid": 3, "uds_path": uds_path },
         });
-        change(&vmm, &mut config);
+        change(&builder, &mut config);
+        let origin = Origin::current();
+        if origin != Origin::Booted {
+            let vmm = origin.machine(builder, &config, |_, config| {
+                let socket = config["vsock"]["uds_path"].as_str().expect("a path");
+                connect(Path::new(socket));
+            });
+            let api = vmm.api();
+            return Self::running(vmm, api);
+        }
+        let vmm = builder.spawn();
+        let mut api = vmm.api();
+        assert_eq!(api.state(), "Not started");
         let listener = HostSocket::of_vsock(&uds_path, READY_PORT);
         api.configure(&config);
         api.start();
@@ -102,20 +115,7 @@ impl Linux {
     /// A guest that runs already, in `vmm`: its vsock is where [`Linux::boot`] puts it.
     #[track_caller]
     pub fn running(vmm: Vmm, api: Api) -> Self {
-        let (socket, deadline) = (vmm.directory().join("v.sock"), Instant::now() + PATIENCE);
-        // A busy guest on a busy host may take longer to answer than the two seconds that its VMM waits.
-        let agent = loop {
-            match Client::connect(&socket) {
-                Ok(agent) => break agent,
-                Err(error @ ConnectError::Refused { .. }) => {
-                    assert!(
-                        Instant::now() < deadline,
-                        "the agent does not listen: {error}"
-                    );
-                }
-                Err(error) => panic!("{error}"),
-            }
-        };
+        let agent = connect(&vmm.directory().join("v.sock"));
         let info = agent.info().expect("the agent answers");
         let ready = Ready {
             version: info.agent_version,
@@ -185,6 +185,25 @@ impl Linux {
         let Self { vmm, api, .. } = self;
         drop(api);
         vmm.wait().expect_code(0)
+    }
+}
+
+/// Connects to the agent of a guest, once it listens.
+#[track_caller]
+fn connect(socket: &Path) -> Client {
+    let deadline = Instant::now() + PATIENCE;
+    // A busy guest on a busy host may take longer to answer than the two seconds that its VMM waits.
+    loop {
+        match Client::connect(socket) {
+            Ok(agent) => return agent,
+            Err(error @ ConnectError::Refused { .. }) => {
+                assert!(
+                    Instant::now() < deadline,
+                    "the agent does not listen: {error}"
+                );
+            }
+            Err(error) => panic!("{error}"),
+        }
     }
 }
 

@@ -33,6 +33,18 @@ impl Builder {
         self.directory.path()
     }
 
+    /// Writes a file into [`Builder::directory`], and returns its path.
+    pub fn file(&self, name: &str, content: &[u8]) -> String {
+        let path = path_in(self.directory(), name);
+        fs::write(&path, content).expect("a file can be written");
+        path
+    }
+
+    /// Makes a file of zeroes without blocks in [`Builder::directory`], and returns its path.
+    pub fn sparse_file(&self, name: &str, bytes: u64) -> String {
+        sparse_file_in(self.directory(), name, bytes)
+    }
+
     /// Adds arguments to the command line.
     #[must_use]
     pub fn arguments<A: Into<OsString>>(mut self, more: impl IntoIterator<Item = A>) -> Self {
@@ -102,6 +114,18 @@ impl Builder {
             directory: Some(directory),
         }
     }
+}
+
+fn path_in(directory: &Path, name: &str) -> String {
+    let path = directory.join(name);
+    path.to_str().expect("a plain path").to_owned()
+}
+
+fn sparse_file_in(directory: &Path, name: &str, bytes: u64) -> String {
+    let path = path_in(directory, name);
+    let file = File::create(&path).expect("a file can be made");
+    file.set_len(bytes).expect("a file can be sparse");
+    path
 }
 
 /// A VMM that runs. Dropping it kills it.
@@ -205,8 +229,7 @@ impl Vmm {
 
     /// The path of a file in [`Vmm::directory`].
     pub fn path(&self, name: &str) -> String {
-        let path = self.directory().join(name);
-        path.to_str().expect("a plain path").to_owned()
+        path_in(self.directory(), name)
     }
 
     /// Writes a file into [`Vmm::directory`], and returns its path.
@@ -218,10 +241,7 @@ impl Vmm {
 
     /// Makes a file of zeroes without blocks in [`Vmm::directory`], and returns its path.
     pub fn sparse_file(&self, name: &str, bytes: u64) -> String {
-        let path = self.path(name);
-        let file = File::create(&path).expect("a file can be made");
-        file.set_len(bytes).expect("a file can be sparse");
-        path
+        sparse_file_in(self.directory(), name, bytes)
     }
 
     /// The API's socket.

@@ -24,14 +24,17 @@ fn main() -> ExitCode {
         [
             test!(a_guest_runs_commands_and_reboots),
             test!(a_bzimage_boots_with_two_processors),
-            test!(four_processors_pause_and_resume_under_load),
-            test!(drives_keep_what_was_written).needs(Need::Program("mkfs.ext4")),
-            test!(a_running_drive_is_changed),
+            test!(four_processors_pause_and_resume_under_load).of_every_origin(),
+            test!(drives_keep_what_was_written)
+                .needs(Need::Program("mkfs.ext4"))
+                .of_every_origin(),
+            test!(a_running_drive_is_changed).of_every_origin(),
             test!(the_network_carries_both_ways)
                 .needs(Need::Root)
-                .needs(Need::Program("ip")),
-            test!(vsock_carries_both_ways),
-            test!(ctrl_alt_del_shuts_down),
+                .needs(Need::Program("ip"))
+                .of_every_origin(),
+            test!(vsock_carries_both_ways).of_every_origin(),
+            test!(ctrl_alt_del_shuts_down).of_every_origin(),
         ],
     )
 }
