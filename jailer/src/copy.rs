@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use crate::folder::{FolderError, Owner};
@@ -27,19 +27,19 @@ impl Copy {
     /// Writes it. When this returns nobody has it open for writing, as no program may be that is run.
     pub fn write(self) -> Result<(), FolderError> {
         let files = self.files.each_ref().map(AsFd::as_fd);
-        process::copy(files, self.owner).map_err(|error| self.failed(error.into()))
+        process::copy(files, self.owner).map_err(|error| failed(self.path, error.into()))
     }
 
-    /// What another process needs that writes it: the descriptors, open as long as this lives, and whom it is to belong to.
-    pub fn work(&self) -> ([RawFd; 2], Owner) {
-        (self.files.each_ref().map(AsRawFd::as_raw_fd), self.owner)
+    /// What the keeper needs to write it, and the path for messages.
+    pub fn into_parts(self) -> ([OwnedFd; 2], Owner, PathBuf) {
+        (self.files, self.owner, self.path)
     }
+}
 
-    /// That it could not be written.
-    pub fn failed(&self, source: io::Error) -> FolderError {
-        let (path, call) = (self.path.clone(), "copy");
-        FolderError::Call { path, call, source }
-    }
+/// That it could not be written.
+pub fn failed(path: PathBuf, source: io::Error) -> FolderError {
+    let call = "copy";
+    FolderError::Call { path, call, source }
 }
 
 #[cfg(test)]

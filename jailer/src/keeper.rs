@@ -8,15 +8,16 @@
 //! privileges then. At the VMM's end, whatever that was, it is the VMM's control groups. Of a VMM that waited in a pool and
 //! has not become a machine it is the jail as well, once the VMM was killed: nobody misses it.
 
-use std::cell::RefCell;
+use std::cell::OnceCell;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::hint::spin_loop;
 use std::io::{self, Read, Write};
 use std::mem;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -24,7 +25,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{PidfdFlags, Signal, chdir, getpid, pidfd_open, pidfd_send_signal, setsid};
 use rustix::thread::futex;
 
-use crate::copy::Copy;
+use crate::copy::{self, Copy};
 use crate::folder::{Folder, FolderError, Made, Owner};
 use crate::privileges;
 use crate::process;
@@ -116,8 +117,8 @@ impl Pooled {
 /// The keeper of a process that becomes a VMM, seen from there.
 pub struct Keeper {
     shared: &'static Shared,
-    /// What it was given to write, open until it has.
-    copy: RefCell<Option<Copy>>,
+    /// The path of the copy that it was given to write.
+    copy: OnceCell<PathBuf>,
 }
 
 /// What both processes have before them. Each writes its own word alone; the kernel writes 0 to it at its process's end.
@@ -126,7 +127,8 @@ struct Shared {
     order: AtomicU32,
     /// What it has done: one of the reports.
     report: AtomicU32,
-    work: OnceLock<([RawFd; 2], Owner)>,
+    /// From, to, and whom it is to belong to.
+    work: Mutex<Option<([OwnedFd; 2], Owner)>>,
     duties: Mutex<Option<Duties>>,
     /// Whether the VMM is about to run.
     ready: AtomicBool,
@@ -159,7 +161,7 @@ impl Keeper {
         let shared: &'static Shared = Box::leak(Box::new(Shared {
             order: AtomicU32::new(WAIT),
             report: AtomicU32::new(NOT_YET),
-            work: OnceLock::new(),
+            work: Mutex::new(None),
             duties: Mutex::new(None),
             ready: AtomicBool::new(false),
         }));
@@ -167,32 +169,33 @@ impl Keeper {
         process::share(keep, shared, &shared.report)?;
         Ok(Keeper {
             shared,
-            copy: RefCell::new(None),
+            copy: OnceCell::new(),
         })
     }
 
     /// Has it write the program's copy.
     pub fn write(&self, copy: Copy) {
-        // Only the first is written.
-        let _ = self.shared.work.set(copy.work());
-        self.copy.replace(Some(copy));
+        let (files, owner, path) = copy.into_parts();
+        // Only one is written.
+        let _ = self.copy.set(path);
+        put(&self.shared.work, (files, owner));
         tell(&self.shared.order, WRITE);
     }
 
     /// Waits until that is written. Then nobody has it open for writing.
     pub fn written(&self) -> Result<(), FolderError> {
-        let Some(copy) = self.copy.take() else {
+        let Some(path) = self.copy.get() else {
             return Ok(());
         };
-        match wait_while(&self.shared.report, NOT_YET) {
-            WRITTEN => Ok(()),
-            ERROR.. => {
-                let number = self.shared.report.load(Ordering::Acquire) - ERROR;
-                let number = i32::try_from(number).unwrap_or_default();
-                Err(copy.failed(io::Error::from_raw_os_error(number)))
+        let error = match wait_while(&self.shared.report, NOT_YET) {
+            WRITTEN => return Ok(()),
+            report @ ERROR.. => {
+                let number = i32::try_from(report - ERROR).unwrap_or_default();
+                io::Error::from_raw_os_error(number)
             }
-            _ => Err(copy.failed(io::Error::other("the process that does it was killed"))),
-        }
+            _ => io::Error::other("the process that does it was killed"),
+        };
+        Err(copy::failed(path.clone(), error))
     }
 
     /// Leaves it what was made.
@@ -203,9 +206,7 @@ impl Keeper {
             pooled,
             pidfd,
         };
-        if let Ok(mut place) = self.shared.duties.lock() {
-            *place = Some(duties);
-        }
+        put(&self.shared.duties, duties);
         Ok(())
     }
 
@@ -225,11 +226,15 @@ impl Keeper {
     }
 }
 
-impl Drop for Keeper {
-    fn drop(&mut self) {
-        // Its descriptors are not to be closed as long as they are used.
-        drop(self.written());
+fn put<T>(place: &Mutex<Option<T>>, what: T) {
+    if let Ok(mut place) = place.lock() {
+        *place = Some(what);
     }
+}
+
+/// What is there, if nobody holds it who is gone.
+fn take<T>(place: &Mutex<Option<T>>) -> Option<T> {
+    place.try_lock().ok()?.take()
 }
 
 fn tell(word: &AtomicU32, what: u32) {
@@ -272,17 +277,18 @@ fn keep(shared: &Shared, is_elsewhere: bool) {
         false => wait_while(&shared.order, WAIT),
     };
     if order == WRITE
-        && let Some((files, owner)) = shared.work.get()
+        && let Some((files, owner)) = take(&shared.work)
     {
-        let report = match process::copy_between(*files, *owner) {
+        let report = match process::copy(files.each_ref().map(AsFd::as_fd), owner) {
             Ok(()) => WRITTEN,
             Err(error) => ERROR + error.raw_os_error().cast_unsigned(),
         };
+        // Of both processes. No program can be run as long as it is open for writing.
+        drop(files);
         tell(&shared.report, report);
         order = wait_while(&shared.order, WRITE);
     }
-    // Nobody holds it who is still there.
-    let Some(mut duties) = shared.duties.try_lock().ok().and_then(|mut d| d.take()) else {
+    let Some(mut duties) = take(&shared.duties) else {
         return;
     };
     let runs = order == GONE && shared.ready.load(Ordering::Acquire);

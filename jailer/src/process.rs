@@ -92,15 +92,6 @@ pub fn copy([from, to]: [BorrowedFd<'_>; 2], owner: Owner) -> Result<(), Errno> 
     fchown(to, Some(owner.uid), Some(owner.gid))
 }
 
-/// The same, of descriptors that are open until this returns.
-pub fn copy_between(files: [RawFd; 2], owner: Owner) -> Result<(), Errno> {
-    // SAFETY: by this function's contract.
-    copy(
-        files.map(|file| unsafe { BorrowedFd::borrow_raw(file) }),
-        owner,
-    )
-}
-
 /// Sends a process, 0 the one that calls, to a processor other than `from`, if it may run on any. Later it may come back: nothing is
 /// done but what puts it into another queue now. The kernel starts a process where its parent runs more often than where nobody
 /// does, and there it would wait for its parent, or its parent for it. False: there is no other processor.
