@@ -22,9 +22,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     // process where it is, and says where that was; without symbols a list of callers would be one of numbers.
     if env::var("PROFILE")? == "release" {
         println!("cargo::rustc-link-arg-bins=-Wl,--no-eh-frame-hdr");
-        let script = format!("{}/unwind.ld", env::var("CARGO_MANIFEST_DIR")?);
-        println!("cargo::rustc-link-arg-bins=-Wl,-T,{script}");
-        println!("cargo::rerun-if-changed={script}");
+        for script in ["unwind.ld", "order.ld"] {
+            let script = format!("{}/{script}", env::var("CARGO_MANIFEST_DIR")?);
+            println!("cargo::rustc-link-arg-bins=-Wl,-T,{script}");
+            println!("cargo::rerun-if-changed={script}");
+        }
     }
     let is_debug = env::var_os("CARGO_CFG_DEBUG_ASSERTIONS").is_some();
     let folder = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("../resources/seccomp/x86_64");
