@@ -116,6 +116,7 @@ fn on_overlay(arguments: Vec<OsString>) -> ExitCode {
 
 fn run(cli: Cli) -> Result<ExitCode, Failure> {
     let inherited = take_descriptors(&cli)?;
+    process::close_to_others();
     let filters = match &cli.seccomp_filter {
         _ if cli.no_seccomp => Filters::none(),
         None => Filters::built_in(),
@@ -142,11 +143,6 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         true => None,
         false => Some(Api::serve(&cli, mailbox.clone(), filters.clone())?),
     };
-    // Only a machine that requests reach, or that came from another process, is ever asked which of its pages are there.
-    if api.is_some() || inherited.is_some() || cli.adopt.is_some() {
-        present::prepare(None);
-    }
-    process::close_to_others();
     let mut events = events::new_loop().map_err(failure(ExitCode::Failure, "event loop"))?;
     events.add_subscriber(inbox.waker());
     events.add_subscriber(Box::new(Ends {
@@ -246,7 +242,8 @@ fn take_descriptors(cli: &Cli) -> Result<Option<Source>, Failure> {
     let source = source.map_err(failure(ExitCode::BadArguments, "--adopt-fd"))?;
     let process = cli.proc_fd.map(inherited::take).transpose();
     let process = process.map_err(failure(ExitCode::BadArguments, "--proc-fd"))?;
-    if process.is_some() {
+    // Only a machine that requests reach, or that came from another process, is ever asked which of its pages are there.
+    if !cli.no_api || source.is_some() || cli.adopt.is_some() {
         present::prepare(process);
     }
     Ok(source)

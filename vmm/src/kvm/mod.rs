@@ -4,6 +4,7 @@
 use std::cell::{Cell, OnceCell, RefCell};
 use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
 use std::sync::{Arc, OnceLock};
+use std::thread;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES,
@@ -14,6 +15,8 @@ use lepton_devices::Memory;
 use lepton_devices::legacy::ioapic::{self, MsiSink};
 use lepton_devices::virtio::transport::mmio::QUEUE_NOTIFY;
 use lepton_hostio::inherited;
+use lepton_hostio::scheduler::move_off;
+use rustix::thread::sched_getcpu;
 use rustix::time::ClockId;
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -21,6 +24,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::layout;
 use crate::clock::time_on;
+use crate::reach;
 use crate::vcpu::state::Saveable;
 
 const API_VERSION: i32 = 12;
@@ -127,21 +131,19 @@ impl Hypervisor {
     /// Does ahead of time what depends on nothing that is configured. What fails is tried again when it is needed, and
     /// told then.
     pub fn prepare(&self) {
-        let blank = self.kvm.create_vm().ok();
+        let blank = self.while_asked_for_cpuid(|| self.kvm.create_vm().ok());
         self.ahead.replace(blank.map(Ahead::Blank));
-        drop(self.supported_cpuid());
     }
 
     /// The same for a machine that will have `memory`, whatever is mapped there by then: a slot for memory that is set some
     /// time after KVM_CREATE_VM costs a grace period too. With its first vCPU, and no record of written pages.
     pub fn prepare_with(&self, memory: Arc<Memory>) {
-        let fitted = self.new_vm().and_then(|fd| fit(fd, &memory, false));
-        let fitted = fitted.and_then(|vm| {
+        let fitted = self.while_asked_for_cpuid(|| {
+            let vm = fit(self.new_vm()?, &memory, false)?;
             vm.first.set(Some(vm.create_vcpu(0)?));
-            Ok(Ahead::Fitted(memory, vm))
+            Ok::<_, KvmError>(Ahead::Fitted(memory, vm))
         });
         self.ahead.replace(fitted.ok());
-        drop(self.supported_cpuid());
     }
 
     /// What [`Self::prepare_with`] was given, if that machine is still to be had.
@@ -154,6 +156,37 @@ impl Hypervisor {
 
     fn new_vm(&self) -> Result<VmFd, KvmError> {
         call("KVM_CREATE_VM", self.kvm.create_vm())
+    }
+
+    /// Does `work` while a thread of its own asks for [`Self::supported_cpuid`], unless that is known: on a host that is itself
+    /// a guest it takes as long as to make a machine, since each leaf is an exit to that host's. What fails is asked again when it is
+    /// needed, and told then.
+    pub fn while_asked_for_cpuid<T>(&self, work: impl FnOnce() -> T) -> T {
+        if self.cpuid.get().is_some() {
+            return work();
+        }
+        let kvm = &*self.kvm;
+        let here = sched_getcpu();
+        thread::scope(|scope| {
+            let asking =
+                thread::Builder::new()
+                    .name("cpuid".into())
+                    .spawn_scoped(scope, move || {
+                        reach::give_up_files().ok()?;
+                        if sched_getcpu() == here {
+                            // Where there is no other, it is asked here.
+                            let _ = move_off(None, here);
+                        }
+                        kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).ok()
+                    });
+            let done = work();
+            if let Ok(asking) = asking
+                && let Ok(Some(cpuid)) = asking.join()
+            {
+                self.cpuid.get_or_init(|| cpuid);
+            }
+            done
+        })
     }
 
     /// CPUID that KVM can give a guest on this host. Slow on a host that is itself a guest.

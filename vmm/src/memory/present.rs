@@ -30,8 +30,7 @@ pub struct Pagemap<'a> {
 static OURS: OnceLock<Option<File>> = OnceLock::new();
 
 /// Opens it for [`open`]: in `process`, this process's folder in a /proc elsewhere, or in /proc. To be called while the
-/// process is dumpable: after that, the file is root's. Where it cannot be had, the process goes on without. What the first call found
-/// stays.
+/// process is dumpable: after that, the file is root's. Where it cannot be had, the process goes on without.
 pub fn prepare(process: Option<OwnedFd>) {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let handed = process.and_then(|folder| openat(folder, "pagemap", flags, Mode::empty()).ok());
