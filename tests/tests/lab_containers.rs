@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         Order::OneByOne,
         &linux::NEEDS,
         [test!(a_container_runs_confined_and_has_a_network)
+            .of_every_origin()
             .needs(Need::Root)
             .needs(Need::Program("ip"))
             .needs(Need::Program("ldd"))

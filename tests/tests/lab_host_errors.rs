@@ -20,11 +20,12 @@ fn main() -> ExitCode {
         &linux::NEEDS,
         [
             test!(a_full_disk_and_bad_sectors_reach_the_guest)
+                .of_every_origin()
                 .needs(Need::Root)
                 .needs(Need::Program("mount"))
                 .needs(Need::Program("modprobe")),
             loop_device::NEEDS.into_iter().fold(
-                test!(files_cut_under_loop_devices_reach_the_guest),
+                test!(files_cut_under_loop_devices_reach_the_guest).of_every_origin(),
                 |test, need| test.needs(need),
             ),
         ],

@@ -114,7 +114,7 @@ struct TestArguments {
     #[arg(long)]
     release: bool,
 
-    /// Only these: format, lints, dependencies, unsafe, units, calls, instructions, fuzz, lab, or a word in the names of system test programs
+    /// Only these: format, lints, dependencies, unsafe, units, calls, instructions, shipped, fuzz, lab, or a word in the names of system test programs
     #[arg(value_name = "WORD", conflicts_with = "fast")]
     only: Vec<String>,
 }

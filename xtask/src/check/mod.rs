@@ -10,6 +10,7 @@ mod hot_paths;
 pub mod instructions;
 mod lab_itself;
 mod lab_tests;
+mod shipped;
 mod used_calls;
 
 use std::collections::BTreeMap;
@@ -71,8 +72,9 @@ pub fn run(fast: bool, release: bool, only: &[String]) -> Result<u8> {
         (guest_reach::NAME, guest_reach::run),
         ("units", unit_tests),
     ];
-    let slow: [(&str, Check); 3] = [
+    let slow: [(&str, Check); 4] = [
         ("instructions", instructions::run),
+        (shipped::NAME, shipped::run),
         ("fuzz", fuzzing::run),
         ("lab", lab_itself::run),
     ];
