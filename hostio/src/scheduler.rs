@@ -4,10 +4,6 @@
 use std::ptr;
 use std::sync::OnceLock;
 
-use rustix::io::Errno;
-use rustix::process::Pid;
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
-
 /// Nanoseconds (`sched_runtime` of sched_setattr(2) for SCHED_OTHER since Linux 6.12): less than the usual 0.7 to 3 ms, so
 /// that who has it is let in before who has not, and enough for what is to be done then, such as to take in a machine: from who has
 /// used up his slice a processor is taken as soon as somebody else wakes.
@@ -40,23 +36,6 @@ pub fn ask_for_usual_slices() {
     if let Some(attributes) = ASKED.get() {
         set(attributes, 0);
     }
-}
-
-/// Sends a process or thread, `None` the one that calls, to a processor other than `from`, if it may run on any. Later it may come
-/// back: nothing is done but what puts it into another queue now. The kernel starts a process or thread where its parent runs more
-/// often than where nobody does, and there it would wait for its parent, or its parent for it. False: there is no other processor.
-pub fn move_off(who: Option<Pid>, from: usize) -> Result<bool, Errno> {
-    let all = sched_getaffinity(who)?;
-    let mut others = all;
-    if from < CpuSet::MAX_CPU {
-        others.unset(from);
-    }
-    if others.count() == 0 || others == all {
-        return Ok(false);
-    }
-    sched_setaffinity(who, &others)?;
-    sched_setaffinity(who, &all)?;
-    Ok(true)
 }
 
 /// While this lives, the thread that made it runs as soon as it has something to do (SCHED_FIFO), but not those that it starts.

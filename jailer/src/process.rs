@@ -7,12 +7,14 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 
-use lepton_hostio::scheduler::{ask_for_short_slices, move_off};
+use lepton_hostio::scheduler::ask_for_short_slices;
 use lepton_hostio::streams;
 use rustix::fs::{copy_file_range, fchown, sendfile};
 use rustix::io::Errno;
 use rustix::process::{Pid, WaitOptions, waitpid};
-use rustix::thread::{UnshareFlags, sched_getcpu, unshare_unsafe};
+use rustix::thread::{
+    CpuSet, UnshareFlags, sched_getaffinity, sched_getcpu, sched_setaffinity, unshare_unsafe,
+};
 
 use crate::folder::Owner;
 
@@ -88,6 +90,23 @@ pub fn copy([from, to]: [BorrowedFd<'_>; 2], owner: Owner) -> Result<(), Errno> 
         while sendfile(to, from, None, MOST)? > 0 {}
     }
     fchown(to, Some(owner.uid), Some(owner.gid))
+}
+
+/// Sends a process, 0 the one that calls, to a processor other than `from`, if it may run on any. Later it may come back: nothing is
+/// done but what puts it into another queue now. The kernel starts a process where its parent runs more often than where nobody
+/// does, and there it would wait for its parent, or its parent for it. False: there is no other processor.
+fn move_off(pid: Option<Pid>, from: usize) -> Result<bool, Errno> {
+    let all = sched_getaffinity(pid)?;
+    let mut others = all;
+    if from < CpuSet::MAX_CPU {
+        others.unset(from);
+    }
+    if others.count() == 0 || others == all {
+        return Ok(false);
+    }
+    sched_setaffinity(pid, &others)?;
+    sched_setaffinity(pid, &all)?;
+    Ok(true)
 }
 
 /// What a process that shares this one's memory begins with.

@@ -3,6 +3,7 @@
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
+use std::sync::Barrier;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
@@ -15,8 +16,6 @@ use lepton_devices::Memory;
 use lepton_devices::legacy::ioapic::{self, MsiSink};
 use lepton_devices::virtio::transport::mmio::QUEUE_NOTIFY;
 use lepton_hostio::inherited;
-use lepton_hostio::scheduler::move_off;
-use rustix::thread::sched_getcpu;
 use rustix::time::ClockId;
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -161,24 +160,26 @@ impl Hypervisor {
     /// Does `work` while a thread of its own asks for [`Self::supported_cpuid`], unless that is known: on a host that is itself
     /// a guest it takes as long as to make a machine, since each leaf is an exit to that host's. What fails is asked again when it is
     /// needed, and told then.
+    ///
+    /// Both meet before they begin: the kernel starts a thread where its parent runs, more often than not, but whom it wakes it
+    /// puts where nobody runs.
     pub fn while_asked_for_cpuid<T>(&self, work: impl FnOnce() -> T) -> T {
         if self.cpuid.get().is_some() {
             return work();
         }
         let kvm = &*self.kvm;
-        let here = sched_getcpu();
+        let both = Barrier::new(2);
         thread::scope(|scope| {
-            let asking =
-                thread::Builder::new()
-                    .name("cpuid".into())
-                    .spawn_scoped(scope, move || {
-                        reach::give_up_files().ok()?;
-                        if sched_getcpu() == here {
-                            // Where there is no other, it is asked here.
-                            let _ = move_off(None, here);
-                        }
-                        kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).ok()
-                    });
+            let asking = thread::Builder::new()
+                .name("cpuid".into())
+                .spawn_scoped(scope, || {
+                    both.wait();
+                    reach::give_up_files().ok()?;
+                    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).ok()
+                });
+            if asking.is_ok() {
+                both.wait();
+            }
             let done = work();
             if let Ok(asking) = asking
                 && let Ok(Some(cpuid)) = asking.join()
