@@ -92,7 +92,7 @@ pub fn copy([from, to]: [BorrowedFd<'_>; 2], owner: Owner) -> Result<(), Errno> 
     fchown(to, Some(owner.uid), Some(owner.gid))
 }
 
-/// Sends a process, 0 the one that calls, to a processor other than `from`, if it may run on any. Later it may come back: nothing is
+/// Sends a process, `None` the one that calls, to a processor other than `from`, if it may run on any. Later it may come back: nothing is
 /// done but what puts it into another queue now. The kernel starts a process where its parent runs more often than where nobody
 /// does, and there it would wait for its parent, or its parent for it. False: there is no other processor.
 fn move_off(pid: Option<Pid>, from: usize) -> Result<bool, Errno> {

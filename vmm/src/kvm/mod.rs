@@ -3,8 +3,7 @@
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
-use std::sync::Barrier;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Barrier, OnceLock};
 use std::thread;
 
 use kvm_bindings::{
@@ -173,6 +172,7 @@ impl Hypervisor {
             let asking = thread::Builder::new()
                 .name("cpuid".into())
                 .spawn_scoped(scope, || {
+                    // First of all: whatever becomes of this thread, nobody waits for it here.
                     both.wait();
                     reach::give_up_files().ok()?;
                     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).ok()
