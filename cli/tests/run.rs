@@ -76,6 +76,7 @@ fn output_and_status_are_the_commands() {
         " quiet",
         "rootfs",
         "mem_size_mib: 256",
+        "huge_pages: Transparent",
         "guest_cid: 3",
     ] {
         assert!(actions.contains(part), "no {part} in {actions}");

@@ -23,7 +23,7 @@ use lepton_snapshot::Leaves;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion,
-    GuestRegionMmap,
+    GuestRegionMmap, MmapRegion,
 };
 
 use self::base::Base;
@@ -292,16 +292,19 @@ fn map(
             true => MemoryError::HugePages { bytes, reason },
             false => MemoryError::Map { bytes, reason },
         };
+        let build = |length| {
+            let mut builder = MmapRegionBuilder::new_with_bitmap(length, ())
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(flags)
+                .with_hugetlbfs(huge);
+            if let Some(file) = file {
+                let file = file.try_clone().map_err(|e| fail(e.to_string()))?;
+                builder = builder.with_file_offset(FileOffset::new(file, offset));
+            }
+            builder.build().map_err(|e| fail(e.to_string()))
+        };
         let length = usize::try_from(bytes).map_err(|e| fail(e.to_string()))?;
-        let mut builder = MmapRegionBuilder::new_with_bitmap(length, ())
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(flags)
-            .with_hugetlbfs(huge);
-        if let Some(file) = file {
-            let file = file.try_clone().map_err(|e| fail(e.to_string()))?;
-            builder = builder.with_file_offset(FileOffset::new(file, offset));
-        }
-        let mapping = builder.build().map_err(|e| fail(e.to_string()))?;
+        let mapping = aligned(length, build)?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(start))
             .ok_or_else(|| fail("its end overflows".into()))?;
         regions.push(region);
@@ -313,6 +316,33 @@ fn map(
     })?;
     protect(&memory, huge_pages);
     Ok(Arc::new(memory))
+}
+
+/// A mapping of this length on a boundary of 2 MiB, if that can be had: elsewhere KVM maps a huge page of the host's by 512 small
+/// ones. Linux lays large mappings there by itself since 6.7. Before, it lays one below the other; so what is too much is taken
+/// first, and given back.
+fn aligned<E>(
+    length: usize,
+    build: impl Fn(usize) -> Result<MmapRegion, E>,
+) -> Result<MmapRegion, E> {
+    const HUGE: usize = 2 << 20;
+    let mapping = build(length)?;
+    let place = mapping.as_ptr() as usize;
+    if length < HUGE || place.is_multiple_of(HUGE) {
+        return Ok(mapping);
+    }
+    drop(mapping);
+    // In small gaps above there may be room for what is too much; then they are full, and it comes below.
+    let mut above = Vec::new();
+    for _ in 0..8 {
+        let filler = build(place % HUGE)?;
+        let is_there = filler.as_ptr() as usize == place + length - place % HUGE;
+        above.push(filler);
+        if is_there {
+            break;
+        }
+    }
+    build(length)
 }
 
 fn protect(memory: &Memory, huge_pages: HugePages) {
@@ -370,6 +400,21 @@ mod tests {
             MemorySize::new(MAX_MIB, HugePages::None).unwrap().bytes(),
             MAX_MIB * MIB
         );
+    }
+
+    #[test]
+    fn memory_lies_where_huge_pages_can() {
+        // So that by chance it would lie elsewhere.
+        let _other = allocate(
+            MemorySize::new(1, HugePages::None).unwrap(),
+            HugePages::None,
+        );
+        for mib in [2, 3, 128, 4096] {
+            let size = MemorySize::new(mib, HugePages::None).unwrap();
+            for region in allocate(size, HugePages::None).unwrap().iter() {
+                assert!((region.as_ptr() as usize).is_multiple_of(2 << 20), "{mib}");
+            }
+        }
     }
 
     #[test]
