@@ -69,7 +69,7 @@ impl Origin {
 }
 
 /// Waits until a machine has come to where another one may come of it.
-pub(crate) type Ready = fn(&Vmm, &Value);
+pub type Ready = fn(&Vmm, &Value);
 
 /// What a process has of its own, whatever machine is in it.
 const OF_THE_PROCESS: [&str; 3] = ["serial", "logger", "metrics"];
@@ -96,15 +96,23 @@ pub fn running_in(
         "drives": [],
     });
     more(builder.directory(), &mut config);
+    of_config(builder, &config, |_, _| ())
+}
+
+/// A machine of `config` in the process that `builder` starts, once it has come to be `ready`, and its API. In the way that the
+/// suite asks for.
+#[track_caller]
+pub fn of_config(builder: Builder, config: &Value, ready: Ready) -> (Vmm, Api) {
     let origin = Origin::current();
     if origin == Origin::Booted {
         let vmm = builder.spawn();
         let mut api = vmm.api();
-        api.configure(&config);
+        api.configure(config);
         api.start();
+        ready(&vmm, config);
         return (vmm, api);
     }
-    let vmm = origin.machine(builder, &config, |_, _| ());
+    let vmm = origin.machine(builder, config, ready);
     let api = vmm.api();
     (vmm, api)
 }

@@ -9,6 +9,7 @@ use std::time::Instant;
 use lepton_agent::client::connect_vsock;
 use lepton_tests::host_socket::HostSocket;
 use lepton_tests::linux::file;
+use lepton_tests::origin::of_config;
 use lepton_tests::suite::{self, Need, Order};
 use lepton_tests::tap::Tap;
 use lepton_tests::{PATIENCE, Vmm, test};
@@ -25,7 +26,7 @@ fn main() -> ExitCode {
             Need::File("LEPTON_DEBIAN_INITRD"),
             Need::File("LEPTON_DEBIAN_ROOT"),
         ],
-        [test!(debian_boots_to_a_login_and_talks_to_its_host)],
+        [test!(debian_boots_to_a_login_and_talks_to_its_host).of_every_origin()],
     )
 }
 
@@ -63,11 +64,9 @@ fn debian_boots_to_a_login_and_talks_to_its_host() {
     let builder = Vmm::builder().with_input();
     let root = builder.directory().join("root.ext4");
     fs::copy(file("LEPTON_DEBIAN_ROOT"), &root).expect("the root drive can be copied");
-    let vmm = builder.spawn();
-    let mut api = vmm.api();
-    let uds_path = vmm.directory().join("v.sock");
-    api.put("/logger", &json!({ "log_path": vmm.path("log") }));
-    api.configure(&json!({
+    let uds_path = builder.directory().join("v.sock");
+    let config = json!({
+        "logger": { "log_path": builder.directory().join("log") },
         "boot-source": {
             "kernel_image_path": file("LEPTON_DEBIAN_KERNEL"),
             "initrd_path": file("LEPTON_DEBIAN_INITRD"),
@@ -77,9 +76,10 @@ fn debian_boots_to_a_login_and_talks_to_its_host() {
         "drives": [{ "drive_id": "root", "path_on_host": root, "is_root_device": true }],
         "network-interfaces": [{ "iface_id": "eth0", "host_dev_name": tap.name() }],
         "vsock": { "guest_cid": 3, "uds_path": uds_path },
-    }));
-    api.start();
-    vmm.stdout.wait_for_within("login: ", PATIENCE * 4);
+    });
+    let (vmm, api) = of_config(builder, &config, |vmm, _| {
+        vmm.stdout.wait_for_within("login: ", PATIENCE * 4);
+    });
     let mut console = Console { vmm, commands: 0 };
     console.types("root");
     console.vmm.stdout.wait_for("~# ");

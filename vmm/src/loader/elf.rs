@@ -84,19 +84,17 @@ fn half(bytes: &[u8], at: usize) -> u16 {
     (word(bytes, at) & 0xffff) as u16
 }
 
-fn read<const N: usize>(file: &File, at: u64, what: &str) -> Result<[u8; N], String> {
-    let mut bytes = [0; N];
-    file.read_exact_at(&mut bytes, at)
-        .map_err(|e| match e.kind() {
-            io::ErrorKind::UnexpectedEof => format!("it ends within its {what}"),
-            _ => format!("its {what}: {e}"),
-        })?;
-    Ok(bytes)
+fn read(file: &File, bytes: &mut [u8], at: u64, what: &str) -> Result<(), String> {
+    file.read_exact_at(bytes, at).map_err(|e| match e.kind() {
+        io::ErrorKind::UnexpectedEof => format!("it ends within its {what}"),
+        _ => format!("its {what}: {e}"),
+    })
 }
 
 /// The entry, and the program headers.
 fn headers(file: &File) -> Result<(u64, Vec<ProgramHeader>), String> {
-    let header: [u8; HEADER] = read(file, 0, "ELF header")?;
+    let mut header = [0; HEADER];
+    read(file, &mut header, 0, "ELF header")?;
     if header[4] != CLASS_64 {
         return Err(format!("ELF class {} is not 64-bit", header[4]));
     }
@@ -116,21 +114,18 @@ fn headers(file: &File) -> Result<(u64, Vec<ProgramHeader>), String> {
             "{count} program headers are not between 1 and {MAX_PROGRAM_HEADERS}"
         ));
     }
-    let headers = (0..u64::from(count))
-        .map(|index| {
-            let at = start
-                .checked_add(index * PROGRAM_HEADER as u64)
-                .ok_or_else(|| format!("program headers at {start:#x}"))?;
-            let bytes: [u8; PROGRAM_HEADER] = read(file, at, "program headers")?;
-            Ok(ProgramHeader {
-                kind: (word(&bytes, 0) & 0xffff_ffff) as u32,
-                offset: word(&bytes, 8),
-                address: word(&bytes, 24),
-                file_size: word(&bytes, 32),
-                memory_size: word(&bytes, 40),
-            })
+    let mut table = vec![0; usize::from(count) * PROGRAM_HEADER];
+    read(file, &mut table, start, "program headers")?;
+    let headers = table
+        .chunks_exact(PROGRAM_HEADER)
+        .map(|bytes| ProgramHeader {
+            kind: (word(bytes, 0) & 0xffff_ffff) as u32,
+            offset: word(bytes, 8),
+            address: word(bytes, 24),
+            file_size: word(bytes, 32),
+            memory_size: word(bytes, 40),
         })
-        .collect::<Result<_, String>>()?;
+        .collect();
     Ok((word(&header, 24), headers))
 }
 
