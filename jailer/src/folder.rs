@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{
-    AtFlags, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid, chownat, fchmod, fchown,
-    fstat, fstatfs, mkdirat, mknodat, openat2, unlinkat,
+    AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid, chownat, fchmod,
+    fchown, fstat, fstatfs, linkat, mkdirat, mknodat, openat2, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -143,7 +143,45 @@ impl Folder {
 
     /// Makes a file in the place of an old one, which must be a plain file of one name.
     pub fn replace(&self, name: &OsStr, mode: u32, made: &mut Made) -> Result<File, FolderError> {
-        match self.create(name, mode, made) {
+        self.in_place_of_old(name, || self.create(name, mode, made))
+    }
+
+    /// Gives a name to a file that has none yet, in the place of an old one as in [`Self::replace`].
+    pub fn link(
+        &self,
+        name: &OsStr,
+        file: BorrowedFd<'_>,
+        made: &mut Made,
+    ) -> Result<(), FolderError> {
+        let place = own_descriptor(file);
+        self.in_place_of_old(name, || {
+            // To do without a path takes a capability (linkat(2)).
+            linkat(CWD, &place, &*self.fd, name, AtFlags::SYMLINK_FOLLOW)
+                .map_err(|error| self.refusal(name, "linkat", error))
+        })?;
+        made.note(self, name, AtFlags::empty());
+        Ok(())
+    }
+
+    /// Makes a file without a name on the file system that this is on, open for writing, and a descriptor by which it can be run and
+    /// get a name once nobody writes to it any more. Without a name it goes when nobody has it open.
+    pub fn nameless(&self, mode: u32) -> Result<(File, OwnedFd), FolderError> {
+        let name = OsStr::new(".");
+        let flags = OFlags::WRONLY | OFlags::TMPFILE;
+        let file = self.open_name(name, flags, Mode::from_raw_mode(mode))?;
+        let again = own_descriptor(file.as_fd());
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let runnable = rustix::fs::open(&again, flags, Mode::empty())
+            .map_err(|error| refusal(again, "open", error))?;
+        Ok((File::from(file), runnable))
+    }
+
+    fn in_place_of_old<T>(
+        &self,
+        name: &OsStr,
+        mut make: impl FnMut() -> Result<T, FolderError>,
+    ) -> Result<T, FolderError> {
+        match make() {
             Err(FolderError::Exists(path)) => {
                 let old = self.look_at(name)?;
                 if FileType::from_raw_mode(old.st_mode) != FileType::RegularFile {
@@ -155,7 +193,7 @@ impl Folder {
                 // Removes a name only: whatever else stands there by now, nothing outside can be meant.
                 unlinkat(&*self.fd, name, AtFlags::empty())
                     .map_err(|error| self.refusal(name, "unlinkat", error))?;
-                match self.create(name, mode, made) {
+                match make() {
                     Err(FolderError::Exists(path)) => Err(FolderError::Changed(path)),
                     other => other,
                 }
@@ -204,7 +242,7 @@ impl Folder {
 
     /// A path of `name` in it, for calls that take nothing else: as long as this is open, it leads here.
     pub fn place(&self, name: &OsStr) -> PathBuf {
-        PathBuf::from(format!("/proc/self/fd/{}", self.as_raw_fd())).join(name)
+        own_descriptor(self.as_fd()).join(name)
     }
 
     /// Gives a socket that was just made in it to `owner`. Refused if something else has the name by now.
@@ -292,6 +330,11 @@ impl AsFd for Folder {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// A path that leads to what this process has open.
+fn own_descriptor(fd: BorrowedFd<'_>) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
 fn refusal(path: PathBuf, call: &'static str, error: Errno) -> FolderError {

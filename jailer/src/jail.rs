@@ -48,8 +48,8 @@ struct Rest {
 
 /// Which process writes the copy of the program while the VMM's goes into the jail.
 enum Writer {
-    /// The VMM's parent.
-    Parent(Copy),
+    /// The VMM's parent, if it is still to be written.
+    Parent(Option<Copy>),
     /// The keeper.
     Keeper(Keeper),
 }
@@ -74,15 +74,20 @@ pub fn start(plan: Plan, clock: Clock, waiting: &mut Option<Reporter>) -> Result
         new_pid_ns,
         arguments,
         fate,
+        spare,
     } = plan;
     let keeper = match maker {
-        Maker::Root if !new_pid_ns => Some(Keeper::start().map_err(JailError::Keeper)?),
+        Maker::Root if !new_pid_ns => {
+            Some(Keeper::start(spare.is_none()).map_err(JailError::Keeper)?)
+        }
         Maker::Root | Maker::User => None,
     };
-    let (tree, copy) = Tree::begin(&base, program, &id, owner, &mut made.files)?;
+    let (tree, copy) = Tree::begin(&base, program, spare, &id, owner, &mut made.files)?;
     let writer = match keeper {
         Some(keeper) => {
-            keeper.write(copy);
+            if let Some(copy) = copy {
+                keeper.write(copy);
+            }
             Writer::Keeper(keeper)
         }
         None => Writer::Parent(copy),
@@ -139,7 +144,7 @@ fn become_vmm(
 /// A child becomes the VMM, as the first process of its PID namespace.
 fn start_child(
     jail: Jail,
-    copy: Copy,
+    copy: Option<Copy>,
     mut made: AllMade,
     pooled: Option<Pooled>,
     clock: Clock,
@@ -211,12 +216,12 @@ fn live_as_child(
 }
 
 /// Writes the program's copy and the child's process id, then lets the child go on.
-fn let_go(jail: &Jail, copy: Copy, pid: Pid, gate: OwnedFd) -> Result<OwnedFd, JailError> {
+fn let_go(jail: &Jail, copy: Option<Copy>, pid: Pid, gate: OwnedFd) -> Result<OwnedFd, JailError> {
     // The child cannot be another one by now: it has not been waited for.
     let pidfd =
         pidfd_open(pid, PidfdFlags::empty()).map_err(|error| JailError::Keeper(error.into()))?;
     jail.pid_file.write(pid).map_err(JailError::Pid)?;
-    copy.write()?;
+    copy.map(Copy::write).transpose()?;
     File::from(gate).write_all(&[0]).map_err(JailError::Pipe)?;
     Ok(pidfd)
 }

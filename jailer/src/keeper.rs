@@ -1,8 +1,8 @@
 //! Whoever stays behind when the jailer's process becomes the VMM: removes what must not be left.
 //!
 //! Where the jailer's own process becomes the VMM, it is another one that is there from the start, and that shares its memory and its
-//! descriptors until then: no fork, and what was made is known to both. First it writes the program's copy, which takes as
-//! long as all the rest.
+//! descriptors until then: no fork, and what was made is known to both. First it writes the program's copy, unless a pool has
+//! written one ahead: that takes as long as all the rest.
 //!
 //! If the VMM cannot be started, that is all that was made, which the process itself cannot remove any more: it has no
 //! privileges then. At the VMM's end, whatever that was, it is the VMM's control groups. Of a VMM that waited in a pool and
@@ -156,8 +156,8 @@ struct Duties {
 }
 
 impl Keeper {
-    /// Starts it, for this process, which must not have joined a group yet.
-    pub fn start() -> io::Result<Self> {
+    /// Starts it, for this process, which must not have joined a group yet. With something to do soon it starts on another processor.
+    pub fn start(has_work: bool) -> io::Result<Self> {
         let shared: &'static Shared = Box::leak(Box::new(Shared {
             order: AtomicU32::new(WAIT),
             report: AtomicU32::new(NOT_YET),
@@ -166,7 +166,7 @@ impl Keeper {
             ready: AtomicBool::new(false),
         }));
         process::tell_end(&shared.order);
-        process::share(keep, shared, &shared.report)?;
+        process::share(keep, shared, &shared.report, has_work)?;
         Ok(Keeper {
             shared,
             copy: OnceCell::new(),

@@ -16,7 +16,7 @@ use crate::error::JailError;
 use crate::folder::{Folder, Made, Owner};
 use crate::keeper::Fate;
 use crate::limits::Limit;
-use crate::tree::Program;
+use crate::tree::{Program, Spare};
 
 /// statfs(2): the file system of namespaces.
 const NSFS_MAGIC: i64 = 0x6e73_6673;
@@ -66,6 +66,8 @@ pub struct Plan {
     pub arguments: Vec<OsString>,
     /// For a VMM of a pool: what tells whether it has become a machine.
     pub fate: Option<Fate>,
+    /// A copy of the program that was written ahead.
+    pub spare: Option<Spare>,
 }
 
 impl Plan {
@@ -110,6 +112,7 @@ impl Plan {
             new_pid_ns: cli.new_pid_ns,
             arguments: cli.vmm,
             fate: None,
+            spare: None,
         })
     }
 }

@@ -26,11 +26,12 @@ use rustix::stdio::dup2_stdin;
 use crate::cli::{self, Cli};
 use crate::clock::Clock;
 use crate::error::JailError;
-use crate::folder::Folder;
+use crate::folder::{Folder, Owner};
 use crate::jail;
 use crate::keeper::{self, Decision, Fate};
 use crate::plan::{ADOPT, Handed, Plan};
 use crate::process::{self, HeldSignals, Side, Taken};
+use crate::tree::{Program, Spare};
 
 /// VMMs that are ready if nothing is said.
 const SIZE: u16 = 4;
@@ -68,6 +69,11 @@ struct Client {
 struct Pool {
     cli: Cli,
     handed: Vec<Handed>,
+    /// Where jails are made, and as whom they run.
+    base: Folder,
+    owner: Owner,
+    /// The program as it was when the pool started. Who starts a VMM opens it anew.
+    program: Program,
     /// The folder of all jails.
     jails: PathBuf,
     size: usize,
@@ -76,6 +82,8 @@ struct Pool {
     starting: Vec<Waiting>,
     ready: VecDeque<Waiting>,
     clients: Vec<Client>,
+    /// The next VMM's copy of the program.
+    spare: Option<Spare>,
     /// Number of the last VMM.
     last: u32,
     failures: u32,
@@ -109,12 +117,16 @@ pub fn run(cli: Cli, handed: Vec<Handed>) -> Result<u8, JailError> {
         size: cli.pool_size.unwrap_or(SIZE).into(),
         refill: cli.pool_refill.unwrap_or(REFILL).into(),
         jails: plan.base.path().join(plan.program.name()),
+        base: plan.base,
+        owner: plan.owner,
+        program: plan.program,
         cli,
         handed: plan.handed,
         signals: HeldSignals::hold().map_err(JailError::Fork)?,
         starting: Vec::new(),
         ready: VecDeque::new(),
         clients: Vec::new(),
+        spare: None,
         last: 0,
         failures: 0,
     };
@@ -123,6 +135,7 @@ pub fn run(cli: Cli, handed: Vec<Handed>) -> Result<u8, JailError> {
         // In this order: who waits for a VMM need not wait for the next one's start.
         pool.give();
         pool.fill()?;
+        pool.write_ahead();
         if pool.wait(&listener, &asked)? {
             return Ok(0);
         }
@@ -175,6 +188,16 @@ impl Pool {
         Ok(())
     }
 
+    /// Writes the next VMM's copy of the program, once nothing else is to be done: it takes as long as all the rest of a jail.
+    fn write_ahead(&mut self) {
+        let is_busy = !(self.starting.is_empty() && self.clients.is_empty());
+        if is_busy || self.spare.is_some() {
+            return;
+        }
+        // What fails here is tried again when it is needed, and told then.
+        self.spare = Spare::write(&self.base, &self.program, self.owner).ok();
+    }
+
     /// A number that no jail has, also none of another pool that has ended.
     fn next_id(&mut self) -> String {
         loop {
@@ -191,13 +214,14 @@ impl Pool {
         let id = self.next_id();
         let (link, other) = PacketSocket::pair().map_err(JailError::Pool)?;
         let (fate, decision) = keeper::fate().map_err(JailError::Pipe)?;
+        let spare = self.spare.take();
         let clock = Clock::start().before_fork();
         match process::fork().map_err(JailError::Fork)? {
             Side::Parent(_) => Ok(Waiting { link, decision }),
             Side::Child => {
                 // Else the pipe would not end with the pool.
                 drop(decision);
-                let result = self.become_vmm(id.clone(), other.into(), fate, clock);
+                let result = self.become_vmm(id.clone(), other.into(), fate, spare, clock);
                 if let Err(error) = result {
                     eprintln!("lepton-jailer: {id}: {error}");
                 }
@@ -212,6 +236,7 @@ impl Pool {
         id: String,
         link: OwnedFd,
         fate: Fate,
+        spare: Option<Spare>,
         clock: Clock,
     ) -> Result<u8, JailError> {
         // A terminal that ends the pool does not end copies.
@@ -228,6 +253,7 @@ impl Pool {
         };
         let mut plan = Plan::open(cli, handed)?;
         plan.fate = Some(fate);
+        plan.spare = spare;
         jail::start(plan, clock, &mut None)
     }
 

@@ -114,6 +114,7 @@ struct Start<T: 'static> {
     body: fn(&T, bool),
     argument: &'static T,
     gone: &'static AtomicU32,
+    aside: bool,
     /// The processor that this process is on.
     other: usize,
     pid: AtomicI32,
@@ -134,8 +135,8 @@ fn new_stack() -> StackTop {
     StackTop(Box::leak(stack).as_mut_ptr_range().end.cast())
 }
 
-/// Starts a process that shares this one's memory and descriptors, in a fraction of the time of a fork, and on another processor
-/// if there is one, which `body` is told of. It is nobody's child, so that the VMM has none that it knows nothing of. When it ends, the
+/// Starts a process that shares this one's memory and descriptors, in a fraction of the time of a fork, and if it is to be `aside`
+/// on another processor where there is one, which `body` is told of. It is nobody's child, so that the VMM has none that it knows nothing of. When it ends, the
 /// kernel writes 0 to `gone`, and wakes who waits there.
 ///
 /// It has this process's thread-local values, too: while both run, `body` makes system calls by way of rustix, which keeps
@@ -145,6 +146,7 @@ pub fn share<T: Sync + 'static>(
     body: fn(&T, bool),
     argument: &'static T,
     gone: &'static AtomicU32,
+    aside: bool,
 ) -> io::Result<()> {
     const SHARED: libc::c_int = libc::CLONE_VM | libc::CLONE_FILES;
     extern "C" fn begin<T: Sync + 'static>(start: *mut libc::c_void) -> libc::c_int {
@@ -152,8 +154,8 @@ pub fn share<T: Sync + 'static>(
         let start = unsafe { &*start.cast::<Start<T>>() };
         tell_end(start.gone);
         // Where it is on another one, its parent has the first one for itself.
-        let is_elsewhere =
-            sched_getcpu() != start.other || move_off(None, start.other).unwrap_or(false);
+        let is_elsewhere = start.aside
+            && (sched_getcpu() != start.other || move_off(None, start.other).unwrap_or(false));
         (start.body)(start.argument, is_elsewhere);
         0
     }
@@ -170,6 +172,7 @@ pub fn share<T: Sync + 'static>(
         body,
         argument,
         gone,
+        aside,
         other: sched_getcpu(),
         pid: AtomicI32::new(-1),
         stack: new_stack(),
@@ -187,7 +190,9 @@ pub fn share<T: Sync + 'static>(
     }
     match side(start.pid.load(Ordering::Relaxed).into()) {
         Ok(Side::Parent(pid)) => {
-            let _ = move_off(Some(pid), start.other);
+            if aside {
+                let _ = move_off(Some(pid), start.other);
+            }
             Ok(())
         }
         _ => Err(io::Error::other("cannot start another process")),

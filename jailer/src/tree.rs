@@ -2,13 +2,13 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::iter::once;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, OFlags, fstat, major, makedev, minor};
+use rustix::fs::{FileType, OFlags, Stat, fstat, major, makedev, minor};
 use rustix::process::Pid;
 
 use crate::copy::Copy;
@@ -42,6 +42,23 @@ pub struct Program {
     file: File,
     name: OsString,
     mode: u32,
+    version: Version,
+}
+
+/// What differs when a file is another one, or was written to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Version {
+    file: (u64, u64),
+    changed: (i64, u64),
+}
+
+impl From<&Stat> for Version {
+    fn from(stat: &Stat) -> Self {
+        Self {
+            file: (stat.st_dev, stat.st_ino),
+            changed: (stat.st_ctime, stat.st_ctime_nsec),
+        }
+    }
 }
 
 impl Program {
@@ -73,12 +90,35 @@ impl Program {
             file,
             name,
             mode: stat.st_mode & 0o777,
+            version: Version::from(&stat),
         })
     }
 
     /// Its name, which is also that of the folder of all its jails.
     pub fn name(&self) -> &OsStr {
         &self.name
+    }
+}
+
+/// A copy of a program that was written ahead, and belongs to no jail yet: it has no name, and goes when nobody has it open.
+pub struct Spare {
+    copy: OwnedFd,
+    of: Version,
+}
+
+impl Spare {
+    /// Writes one where jails below `base` can have it.
+    pub fn write(base: &Folder, program: &Program, owner: Owner) -> Result<Self, FolderError> {
+        let failed = |call| move |source| base.failed(&program.name, call, source);
+        let mut from = program.file.try_clone().map_err(failed("dup"))?;
+        from.rewind().map_err(failed("lseek"))?;
+        // Before it is read: what is written to the program meanwhile makes it another one.
+        let stat = fstat(&from).map_err(|error| failed("fstat")(error.into()))?;
+        let (to, copy) = base.nameless(program.mode)?;
+        let path = base.path().join(&program.name);
+        Copy::new(from, to, owner, path).write()?;
+        let of = Version::from(&stat);
+        Ok(Self { copy, of })
     }
 }
 
@@ -129,21 +169,38 @@ fn userfaultfd() -> Option<u32> {
 }
 
 impl Tree {
-    /// Makes the folder of jail `id` below `base`, and in it a file for a copy of the program. Folders that are there stay,
-    /// with what is in them.
+    /// Makes the folder of jail `id` below `base`, and in it `spare`, or else a file for a copy of the program, which is still to be
+    /// written. Folders that are there stay, with what is in them.
     pub fn begin(
         base: &Folder,
         program: Program,
+        spare: Option<Spare>,
         id: &str,
         owner: Owner,
         made: &mut Made,
-    ) -> Result<(Self, Copy), FolderError> {
-        let Program { file, name, mode } = program;
+    ) -> Result<(Self, Option<Copy>), FolderError> {
+        let Program {
+            file,
+            name,
+            mode,
+            version,
+        } = program;
         let root = base
             .enter_or_make(&name, OPEN_TO_ALL, made)?
             .enter_or_make(OsStr::new(id), OPEN_TO_ALL, made)?
             .enter_or_make(OsStr::new("root"), OWNERS_ALONE, made)?;
         // A copy, so that two VMMs share no memory, not even their code.
+        if let Some(Spare { copy, of }) = spare
+            && of == version
+            && root.link(&name, copy.as_fd(), made).is_ok()
+        {
+            let tree = Self {
+                program: copy,
+                program_name: name,
+                root,
+            };
+            return Ok((tree, None));
+        }
         let copy = root.replace(&name, mode, made)?;
         let tree = Self {
             program: root.runnable(&name, &copy)?,
@@ -152,7 +209,7 @@ impl Tree {
         };
         let path = tree.root.path().join(&tree.program_name);
         let copy = Copy::new(file, copy, owner, path);
-        Ok((tree, copy))
+        Ok((tree, Some(copy)))
     }
 
     /// Makes what else is in it, of which device nodes must not be there, and gives the folder to its owner.
@@ -211,6 +268,9 @@ fn make_devices(root: &Folder, owner: Owner, made: &mut Made) -> Result<(), Fold
 
 #[cfg(test)]
 mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -239,5 +299,35 @@ mod tests {
         let link = folder.path().join("link");
         std::os::unix::fs::symlink("/bin/true", &link).unwrap();
         assert_eq!(Program::open(&link).unwrap().name(), "true");
+    }
+
+    #[test]
+    fn a_spare_is_for_the_program_that_it_is_a_copy_of() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("program");
+        std::fs::write(&path, "program").unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+        let jails = tempfile::tempdir().unwrap();
+        let base = Folder::open(jails.path()).unwrap();
+        let owner = Owner {
+            uid: rustix::process::geteuid(),
+            gid: rustix::process::getegid(),
+        };
+        // What is in the jail, and whether that is still to be written.
+        let begin = |id: &str, spare| {
+            let mut made = Made::default();
+            let program = Program::open(&path).unwrap();
+            let (_, copy) = Tree::begin(&base, program, Some(spare), id, owner, &mut made).unwrap();
+            let here = jails.path().join("program").join(id).join("root/program");
+            (std::fs::read_to_string(here).unwrap(), copy.is_some())
+        };
+        let first = Program::open(&path).unwrap();
+        let spare = || Spare::write(&base, &first, owner).unwrap();
+        for id in ["one", "two"] {
+            assert_eq!(begin(id, spare()), ("program".into(), false));
+        }
+        let old = spare();
+        std::fs::write(&path, "another").unwrap();
+        assert_eq!(begin("three", old), (String::new(), true));
     }
 }

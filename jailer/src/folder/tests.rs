@@ -168,3 +168,24 @@ fn only_a_socket_of_one_name_is_given_away() {
     let file = std::fs::metadata(outside.path().join("file")).unwrap();
     assert_eq!(file.uid(), own.as_raw());
 }
+
+#[test]
+fn a_file_without_a_name_gets_one() {
+    let (directory, folder) = opened();
+    let path = directory.path().join("program");
+    let (mut file, runnable) = folder.nameless(0o755).unwrap();
+    file.write_all(b"new").unwrap();
+    drop(file);
+    assert!(!path.exists());
+    // In the place of an old one, and not of anything else.
+    std::fs::write(&path, "old").unwrap();
+    std::fs::create_dir(directory.path().join("folder")).unwrap();
+    let mut made = Made::default();
+    let refused = folder.link(name("folder"), runnable.as_fd(), &mut made);
+    assert!(matches!(refused, Err(FolderError::Exists(_))));
+    let linked = folder.link(name("program"), runnable.as_fd(), &mut made);
+    linked.unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), b"new");
+    drop(made);
+    assert!(!path.exists());
+}

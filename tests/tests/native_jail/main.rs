@@ -67,6 +67,9 @@ fn main() -> ExitCode {
             test!(copies_with_process_ids_of_their_own_come_from_a_pool)
                 .needs(Need::Root)
                 .needs(Need::Kvm),
+            test!(the_next_copy_of_the_program_is_written_ahead)
+                .needs(Need::Root)
+                .needs(Need::Kvm),
             test!(copies_of_a_template_come_from_a_pool_of_jails)
                 .needs(Need::Root)
                 .needs(Need::Kvm),

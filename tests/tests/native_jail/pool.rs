@@ -1,10 +1,11 @@
 //! VMMs that were jailed ahead of time.
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use lepton_hostio::packet::PacketSocket;
 use lepton_tests::counting::{self, let_run};
 use lepton_tests::guest::{Entry, Program};
 use lepton_tests::jail::{GID, Jail, Jailed, UID};
-use lepton_tests::{Api, PATIENCE, Vmm, reaper};
+use lepton_tests::{Api, PATIENCE, Vmm, programs, reaper};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -157,6 +158,13 @@ fn take(pool: &Pool, count: usize) -> (PacketSocket, Vec<OwnedFd>) {
     (link, taken)
 }
 
+/// What a file is, by whatever name.
+#[track_caller]
+fn inode(path: &Path) -> (u64, u64) {
+    let file = fs::metadata(path).expect("it is there");
+    (file.dev(), file.ino())
+}
+
 /// What confinement shows in.
 fn confinement(pid: u32) -> Vec<String> {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
@@ -202,11 +210,15 @@ pub fn without_root_copies_come_from_a_pool_of_jails() {
 
 fn copies_come_from_a_pool(of_pool: Jail, of_parent: Jail, start: fn(Jail) -> Jailed) {
     let mut pool = Pool::new(of_pool, &["--pool-size", "3"]);
-    let socket = fs::metadata(pool.socket()).expect("a socket");
-    assert_eq!((socket.uid(), socket.gid()), (UID, GID));
-    assert_eq!(socket.permissions().mode() & 0o777, 0o600);
+    let socket = || fs::metadata(pool.socket()).expect("a socket");
+    // It listens before it is given away.
+    wait_until("the socket is the user's", || {
+        (socket().uid(), socket().gid()) == (UID, GID)
+    });
+    assert_eq!(socket().permissions().mode() & 0o777, 0o600);
     let (vmm, mut api) = parent(of_parent, start, &pool);
     let first = clone(&mut api, 3);
+    let mut programs = HashSet::from([inode(programs::vmm())]);
     for id in &first {
         let pid = pool.pid(id).expect("it runs").as_raw_nonzero().get();
         let pid = pid.cast_unsigned();
@@ -214,6 +226,10 @@ fn copies_come_from_a_pool(of_pool: Jail, of_parent: Jail, start: fn(Jail) -> Ja
         assert_eq!(confinement(pid), confinement(vmm.pid), "{id}");
         let own = fs::read_link(format!("/proc/{pid}/ns/mnt")).expect("it runs");
         assert_ne!(own, vmm.link("ns/mnt"));
+        // It runs what lies in its jail, which is nobody else's.
+        let program = inode(&PathBuf::from(format!("/proc/{pid}/exe")));
+        assert_eq!(program, inode(&pool.root(id).join("lepton-vmm")));
+        assert!(programs.insert(program), "{id} runs another one's program");
         let mut copy = pool.api(id);
         let_run(&mut copy);
         copy.reach("Paused");
@@ -241,6 +257,27 @@ fn copies_come_from_a_pool(of_pool: Jail, of_parent: Jail, start: fn(Jail) -> Ja
     for id in &used {
         let mut copy = pool.api(id);
         assert!(["Running", "Paused"].contains(&copy.state().as_str()));
+    }
+}
+
+/// Without a name, so that nothing is left of it when the pool is killed.
+pub fn the_next_copy_of_the_program_is_written_ahead() {
+    let pool = Pool::new(Jail::as_another_user(), &["--pool-size", "0"]);
+    let (_vmm, mut api) = parent(Jail::as_another_user(), Jailed::of_child, &pool);
+    let ahead = || {
+        let open = fs::read_dir(format!("/proc/{}/fd", pool.child.id())).expect("it runs");
+        let files = open.map(|file| file.expect("a descriptor").path());
+        let files = files.filter_map(|file| Some((fs::read_link(&file).ok()?, file)));
+        let below = |(path, _): &(PathBuf, PathBuf)| path.starts_with(pool.jail.base());
+        // The pool's socket has no path here, and folders have one that is there.
+        let mut nameless = files.filter(below).filter(|(path, _)| !path.exists());
+        nameless.next().map(|(_, file)| inode(&file))
+    };
+    for _ in 0..2 {
+        wait_until("a copy is written", || ahead().is_some());
+        let written = ahead().expect("nobody has taken it");
+        let id = &clone(&mut api, 1)[0];
+        assert_eq!(inode(&pool.root(id).join("lepton-vmm")), written);
     }
 }
 
