@@ -22,7 +22,12 @@ pub enum Guest {
     Idle,
     /// Writes [`MARKER`] again and again.
     Beat,
+    /// Halts until it is told that it is a copy, then writes [`MARKER`] again and again.
+    Doze,
 }
+
+/// The interrupt by which a machine is told that it is a copy, of our own VMM (its ACPI tables have it).
+const GENERATION: u32 = 3;
 
 /// mov dx, 0x3f8; mov al, MARKER; out dx, al
 const MARK: [u8; 7] = [0x66, 0xba, 0xf8, 0x03, 0xb0, MARKER, 0xee];
@@ -38,6 +43,11 @@ impl Guest {
             Guest::Mark => [&MARK[..], &RESET, &HALT].concat(),
             // jmp to the out
             Guest::Beat => [&MARK[..], &[0xeb, 0xfd]].concat(),
+            Guest::Doze => {
+                let beat = Program::new(&Guest::Beat.code());
+                let program = Program::once_interrupted(GENERATION, &beat);
+                program.code().to_vec()
+            }
             Guest::Idle => [&MARK[..], &HALT].concat(),
         }
     }

@@ -29,6 +29,11 @@ pub const FIGURES: &[FigureKind] = &[
         "ms",
     ),
     lower(
+        IDLE,
+        "PUT /clone of a machine that is idle to the copy's first instruction, 128 MiB, the process waiting",
+        "ms",
+    ),
+    lower(
         ANSWER,
         "PUT /clone of one copy to its answer, 128 MiB",
         "ms",
@@ -46,6 +51,16 @@ pub const FIGURES: &[FigureKind] = &[
     lower(
         SPAWNED,
         "PUT /clone to the copy's first instruction, 128 MiB, the process started and jailed meanwhile",
+        "ms",
+    ),
+    lower(
+        IDLE_POOLED,
+        "PUT /clone of a machine that is idle to the copy's first instruction, 128 MiB, the process waiting in a jail of a pool",
+        "ms",
+    ),
+    lower(
+        IDLE_SPAWNED,
+        "PUT /clone of a machine that is idle to the copy's first instruction, 128 MiB, the process started and jailed meanwhile",
         "ms",
     ),
     lower(
@@ -77,6 +92,9 @@ const FIRST: &str = "clone.first-instruction";
 const TEMPLATE: &str = "clone.template";
 const POOLED: &str = "clone.pool-warm";
 const SPAWNED: &str = "clone.pool-cold";
+const IDLE: &str = "clone.idle";
+const IDLE_POOLED: &str = "clone.idle-pool-warm";
+const IDLE_SPAWNED: &str = "clone.idle-pool-cold";
 const ANSWER: &str = "clone.answer";
 const PAUSE_128M: &str = "clone.pause-128m";
 const PAUSE_1G: &str = "clone.pause-1g";
@@ -105,19 +123,23 @@ pub fn cases(context: &Context) -> Vec<Case<'_>> {
                 run,
             });
         };
-        case(
-            None,
-            &[FIRST],
-            Box::new(move || first_instruction(context, side)),
-        );
+        for (guest, figures) in [(Guest::Beat, &[FIRST]), (Guest::Doze, &[IDLE])] {
+            let run = move || first_instruction(context, side, guest, figures[0]);
+            case(None, figures, Box::new(run));
+        }
         case(None, &[ANSWER], Box::new(move || answer(context, side)));
         case(
             None,
             &[TEMPLATE],
             Box::new(move || from_template(context, side)),
         );
-        for (size, figures) in [(1, &[POOLED]), (0, &[SPAWNED])] {
-            let run = move || from_pool(context, side, size, figures[0]);
+        for (guest, size, figures) in [
+            (Guest::Beat, 1, &[POOLED]),
+            (Guest::Beat, 0, &[SPAWNED]),
+            (Guest::Doze, 1, &[IDLE_POOLED]),
+            (Guest::Doze, 0, &[IDLE_SPAWNED]),
+        ] {
+            let run = move || from_pool(context, side, guest, size, figures[0]);
             case(None, figures, Box::new(run));
         }
         for (mib, figures) in [(128, &[PAUSE_128M]), (1024, &[PAUSE_1G])] {
@@ -288,9 +310,9 @@ fn checked(
 /// held against its threads then.
 const RUNS: Duration = Duration::from_millis(50);
 
-/// A machine whose guest writes to its console for ever, where nobody reads it, and has done so for a while.
-fn beating(context: &Context, side: &Side) -> Result<Vmm, Failure> {
-    let mut vmm = Vmm::new(context, side, Guest::Beat)?;
+/// A machine whose guest has run for a while. What it writes to its console nobody reads.
+fn running(context: &Context, side: &Side, guest: Guest) -> Result<Vmm, Failure> {
+    let mut vmm = Vmm::new(context, side, guest)?;
     vmm.put("/serial", &json!({ "serial_out_path": "/dev/null" }))?;
     let kernel = vmm.place.machine().kernel;
     vmm.boot(&json!({ "kernel_image_path": kernel }), 128)?;
@@ -298,16 +320,21 @@ fn beating(context: &Context, side: &Side) -> Result<Vmm, Failure> {
     Ok(vmm)
 }
 
-fn first_instruction(context: &Context, side: &Side) -> Result<Vec<Reading>, Failure> {
+fn first_instruction(
+    context: &Context,
+    side: &Side,
+    guest: Guest,
+    figure: &'static str,
+) -> Result<Vec<Reading>, Failure> {
     let mut child = Vmm::heir(context, side, 128)?;
-    let mut parent = beating(context, side)?;
+    let mut parent = running(context, side, guest)?;
     let ran = parent.clone_one(&mut child)?;
-    Ok(vec![Reading::milliseconds(FIRST, ran)])
+    Ok(vec![Reading::milliseconds(figure, ran)])
 }
 
 fn answer(context: &Context, side: &Side) -> Result<Vec<Reading>, Failure> {
     let child = Vmm::heir(context, side, 128)?;
-    let mut parent = beating(context, side)?;
+    let mut parent = running(context, side, Guest::Beat)?;
     let asked = Instant::now();
     parent.clone_into(&[child])?;
     Ok(vec![Reading::milliseconds(ANSWER, asked.elapsed())])
@@ -318,7 +345,7 @@ fn from_template(context: &Context, side: &Side) -> Result<Vec<Reading>, Failure
     let mut child = Vmm::heir(context, side, 128)?;
     let place = Place::new(Guest::Idle, context.patience)?;
     let (state, memory) = (place.folder().join("state"), place.folder().join("memory"));
-    let mut machine = beating(context, side)?;
+    let mut machine = running(context, side, Guest::Beat)?;
     machine.pause()?;
     let files = json!({ "snapshot_path": state, "mem_file_path": memory });
     machine.put("/snapshot/create", &files)?;
@@ -356,6 +383,7 @@ impl Drop for Copy {
 fn from_pool(
     context: &Context,
     side: &Side,
+    guest: Guest,
     size: u32,
     figure: &'static str,
 ) -> Result<Vec<Reading>, Failure> {
@@ -390,7 +418,7 @@ fn from_pool(
         let answer = Client::from_stream(stream).request("GET", "/", "");
         checked("GET /", answer)?;
     }
-    let mut parent = beating(context, side)?;
+    let mut parent = running(context, side, guest)?;
     let request = json!({ "pool": socket, "children": [{}] });
     let (took, cloned) = parent.clone_until_up(&request, &mut pool)?;
     // It is nobody's child.
@@ -442,7 +470,7 @@ fn pause_again(context: &Context, side: &Side) -> Result<Vec<Reading>, Failure> 
 }
 
 fn deep(context: &Context, side: &Side, depth: u32) -> Result<Vec<Reading>, Failure> {
-    let mut parent = beating(context, side)?;
+    let mut parent = running(context, side, Guest::Beat)?;
     let mut ran = Duration::ZERO;
     for _ in 0..depth {
         let mut child = Vmm::heir(context, side, 128)?;

@@ -117,30 +117,73 @@ impl Program {
     /// Lets `interrupt` of the I/O APIC wait in the local APIC as vector 0x51. Then sends, again and again, [`RECORD`], 16 bytes
     /// at `address`, and the word of the local APIC in which that vector is bit 17. For [`Entry::Pvh`].
     pub fn watch(address: u32, interrupt: u32) -> Self {
-        const SPURIOUS_VECTOR: u32 = 0xfee0_00f0;
-        const SELECT: u32 = 0xfec0_0000;
-        const WINDOW: u32 = 0xfec0_0010;
-        let mut program = Self::new(&[]);
-        for (register, value) in [
-            // Local APIC on; then the lower half of the pin's entry: unmasked, to the first processor.
-            (SPURIOUS_VECTOR, 0x1ff),
-            (SELECT, 0x10 + 2 * interrupt),
-            (WINDOW, 0x51),
-        ] {
-            // mov dword [register], value
-            program = program
-                .with(&[0xc7, 0x05])
-                .with(&register.to_le_bytes())
-                .with(&u32::to_le_bytes(value));
-        }
         // again: mov dx, 0x3f8; mov eax, RECORD; out dx, eax
-        program
+        Self::new(&[])
+            .watches(interrupt, 0x51)
             .with(&[0x66, 0xba, 0xf8, 0x03, 0xb8])
             .with(RECORD)
             .with(&[0xef])
             .send(address, 16)
             // mov eax, [0xfee00220]; out dx, eax; jmp again
             .with(&[0xa1, 0x20, 0x02, 0xe0, 0xfe, 0xef, 0xeb, 0xde])
+    }
+
+    /// Halts until `interrupt` of the I/O APIC comes, and goes on with `next`, which must not depend on its address. For
+    /// [`Entry::Pvh`].
+    pub fn once_interrupted(interrupt: u32, next: &Program) -> Self {
+        let before = Self::halt_until_interrupted(interrupt, 0).0.len() as u32;
+        Self::halt_until_interrupted(interrupt, LOAD as u32 + before).with(&next.0)
+    }
+
+    fn halt_until_interrupted(interrupt: u32, handler: u32) -> Self {
+        const VECTOR: u32 = 0x51;
+        // Segments, interrupts, a stack, and what the first two are loaded from (Intel SDM 3A, 3.5.1 and 6.10).
+        const GDT: u32 = 0x1000;
+        const GDTR: u32 = 0x1100;
+        const IDTR: u32 = 0x1110;
+        const IDT: u32 = 0x2000;
+        const STACK_END: u32 = 0x4000;
+        let gate = IDT + 8 * VECTOR;
+        Self::new(&[])
+            .watches(interrupt, VECTOR)
+            // Selector 8: all of memory, code.
+            .store(GDT + 8, 0xffff)
+            .store(GDT + 12, 0x00cf_9b00)
+            .store(GDTR, GDT << 16 | 0xf)
+            .store(GDTR + 4, 0)
+            // A gate for interrupts.
+            .store(gate, 8 << 16 | handler & 0xffff)
+            .store(gate + 4, handler & 0xffff_0000 | 0x8e00)
+            .store(IDTR, IDT << 16 | (8 * VECTOR + 7))
+            .store(IDTR + 4, 0)
+            // lgdt [GDTR]; lidt [IDTR]; mov esp, STACK_END
+            .with(&[0x0f, 0x01, 0x15])
+            .with(&GDTR.to_le_bytes())
+            .with(&[0x0f, 0x01, 0x1d])
+            .with(&IDTR.to_le_bytes())
+            .with(&[0xbc])
+            .with(&STACK_END.to_le_bytes())
+            // sti; hlt; jmp to the hlt
+            .with(&[0xfb, 0xf4, 0xeb, 0xfd])
+    }
+
+    /// Has `interrupt` of the I/O APIC come to this processor's local APIC as `vector`.
+    fn watches(self, interrupt: u32, vector: u32) -> Self {
+        const SPURIOUS_VECTOR: u32 = 0xfee0_00f0;
+        const SELECT: u32 = 0xfec0_0000;
+        const WINDOW: u32 = 0xfec0_0010;
+        // Local APIC on; then the lower half of the pin's entry: unmasked, to the first processor.
+        self.store(SPURIOUS_VECTOR, 0x1ff)
+            .store(SELECT, 0x10 + 2 * interrupt)
+            .store(WINDOW, vector)
+    }
+
+    /// Writes a word of 32 bits to memory.
+    fn store(self, address: u32, value: u32) -> Self {
+        // mov dword [address], value
+        self.with(&[0xc7, 0x05])
+            .with(&address.to_le_bytes())
+            .with(&value.to_le_bytes())
     }
 
     /// Halts with interrupts off.
@@ -197,10 +240,8 @@ impl Program {
 
     /// Writes and sends back four bytes at the end of the RAM below the hole. For [`Entry::Pvh`].
     pub fn echo_at(address: u32, value: [u8; 4]) -> Self {
-        // mov dword [address], value
-        Self::new(&[0xc7, 0x05])
-            .with(&address.to_le_bytes())
-            .with(&value)
+        Self::new(&[])
+            .store(address, u32::from_le_bytes(value))
             .send(address, 4)
             .then_reset()
     }
@@ -254,11 +295,7 @@ impl Program {
             (INTERRUPT_COMMAND, 0x000c_4500_u32.to_le_bytes()),
             (INTERRUPT_COMMAND, 0x000c_4608_u32.to_le_bytes()),
         ] {
-            // mov dword [address], value
-            program = program
-                .with(&[0xc7, 0x05])
-                .with(&address.to_le_bytes())
-                .with(&value);
+            program = program.store(address, u32::from_le_bytes(value));
         }
         // again: pause; cmp byte [0x600], others; jb again
         program
