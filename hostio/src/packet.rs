@@ -85,11 +85,8 @@ impl PacketSocket {
     /// The next message, of no more than `most` bytes, if there is one; [`io::ErrorKind::UnexpectedEof`] once the other
     /// end is closed. A longer one is an error, and gone.
     pub fn receive(&self, most: usize) -> io::Result<Option<Packet>> {
-        let peek = RecvFlags::PEEK | RecvFlags::TRUNC;
-        let length = match rustix::net::recv(&self.0, &mut [0; 0], peek) {
-            Ok((_, length)) => length,
-            Err(rustix::io::Errno::AGAIN) => return Ok(None),
-            Err(error) => return Err(error.into()),
+        let Some(length) = self.length_of_next()? else {
+            return Ok(None);
         };
         // Room for the most that there may be would be cleared for each message, page by page.
         let mut bytes = vec![0; length.min(most)];
@@ -125,6 +122,22 @@ impl PacketSocket {
         }
         bytes.truncate(message.bytes);
         Ok(Some(Packet { bytes, files }))
+    }
+
+    /// How long the next message is, if there is one; 0 once the other end is closed.
+    fn length_of_next(&self) -> io::Result<Option<usize>> {
+        let look =
+            || match rustix::net::recv(&self.0, &mut [0; 0], RecvFlags::PEEK | RecvFlags::TRUNC) {
+                Ok((_, length)) => Ok(Some(length)),
+                Err(rustix::io::Errno::AGAIN) => Ok(None),
+                Err(error) => Err(error.into()),
+            };
+        match look()? {
+            // The kernel looks for a message first and for the end after that: where the other end sends its last one and
+            // closes in between, there is an end and yet a message. Nothing comes after an end, so a second look is true.
+            Some(0) => look(),
+            length => Ok(length),
+        }
     }
 }
 
@@ -184,6 +197,7 @@ impl AsRawFd for PacketListener {
 mod tests {
     use super::*;
     use std::fs::File;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use vmm_sys_util::tempdir::TempDir;
 
     #[test]
@@ -207,6 +221,39 @@ mod tests {
         let end = server.receive(16).unwrap_err();
         assert_eq!(end.kind(), io::ErrorKind::UnexpectedEof);
         assert!(server.send(b"x", &[]).is_err());
+    }
+
+    #[test]
+    fn the_last_message_is_had_whenever_the_other_end_closes() {
+        for _ in 0..300 {
+            let pairs = (0..100).map(|_| PacketSocket::pair().unwrap());
+            let (senders, receivers): (Vec<_>, Vec<_>) = pairs.unzip();
+            let looked_at = AtomicUsize::new(0);
+            let had = std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    for (number, sender) in senders.into_iter().enumerate() {
+                        // The other thread looks again and again already.
+                        while looked_at.load(Ordering::Relaxed) <= number {
+                            std::thread::yield_now();
+                        }
+                        sender.send(b"last", &[]).unwrap();
+                    }
+                });
+                let next = |receiver: PacketSocket| {
+                    looked_at.fetch_add(1, Ordering::Relaxed);
+                    loop {
+                        if let Some(had) = receiver.receive(16).transpose() {
+                            break had;
+                        }
+                        std::thread::yield_now();
+                    }
+                };
+                receivers.into_iter().map(next).collect::<Vec<_>>()
+            });
+            for message in had {
+                assert_eq!(message.unwrap().bytes, b"last");
+            }
+        }
     }
 
     #[test]
