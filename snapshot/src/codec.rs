@@ -31,15 +31,18 @@ pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, CodecError> {
 
 /// The value of bytes. No length in them is believed: memory is taken for what is there.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
+    match decode_front(bytes)? {
+        (value, []) => Ok(value),
+        (_, more) => Err(CodecError::Trailing(more.len())),
+    }
+}
+
+/// The same of a value at the front of bytes, and what is behind it.
+pub fn decode_front<T: DeserializeOwned>(bytes: &[u8]) -> Result<(T, &[u8]), CodecError> {
     if bytes.len() > MAX_STATE {
         return Err(CodecError::TooLong(bytes.len()));
     }
-    let (value, rest) = postcard::take_from_bytes(bytes)
-        .map_err(|error| CodecError::Malformed(error.to_string()))?;
-    match rest.len() {
-        0 => Ok(value),
-        more => Err(CodecError::Trailing(more)),
-    }
+    postcard::take_from_bytes(bytes).map_err(|error| CodecError::Malformed(error.to_string()))
 }
 
 #[cfg(test)]
@@ -54,6 +57,7 @@ mod tests {
         let bytes = encode(&7u8).unwrap();
         assert_eq!(decode::<u8>(&bytes), Ok(7));
         assert_eq!(decode::<u8>(&[7, 0]), Err(CodecError::Trailing(1)));
+        assert_eq!(decode_front::<u8>(&[7, 0]), Ok((7, &[0][..])));
         let long = vec![0u8; MAX_STATE + 1];
         assert!(matches!(decode::<u8>(&long), Err(CodecError::TooLong(_))));
         assert!(matches!(encode(&long), Err(CodecError::TooLong(_))));

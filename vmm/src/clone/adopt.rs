@@ -224,7 +224,8 @@ pub fn map(base: Base, shape: Shape, place: Option<Arc<Memory>>) -> Result<Ram, 
 impl Adoption {
     /// Takes what is offered apart, and opens what the machine needs of the host.
     pub fn take(&mut self, entropy: &Entropy) -> Result<Adopted, AdoptError> {
-        let offer: Offer = codec::decode(&self.offer.bytes).map_err(AdoptError::Offer)?;
+        let (offer, behind) =
+            codec::decode_front::<Offer>(&self.offer.bytes).map_err(AdoptError::Offer)?;
         if offer.version != VERSION {
             return Err(AdoptError::Version(offer.version));
         }
@@ -240,19 +241,26 @@ impl Adoption {
             files.extend(more.files);
         }
         let mut files = files.into_iter();
-        let machine = File::from(files.next().ok_or(AdoptError::Empty)?);
-        let length = usize::try_from(offer.machine)
-            .ok()
-            .filter(|length| *length <= MAX_STATE)
-            .ok_or(AdoptError::Length(offer.machine))?;
-        let mut bytes = vec![0; length];
-        machine.read_exact_at(&mut bytes, 0)?;
+        let in_file;
+        let machine = match offer.machine {
+            None => behind,
+            Some(length) => {
+                let file = File::from(files.next().ok_or(AdoptError::Empty)?);
+                let room = usize::try_from(length)
+                    .ok()
+                    .filter(|room| *room <= MAX_STATE);
+                let mut bytes = vec![0; room.ok_or(AdoptError::Length(length))?];
+                file.read_exact_at(&mut bytes, 0)?;
+                in_file = bytes;
+                &in_file
+            }
+        };
         let Machine {
             mut state,
             memory,
             extents,
             memory_files,
-        } = codec::decode(&bytes).map_err(AdoptError::Machine)?;
+        } = codec::decode(machine).map_err(AdoptError::Machine)?;
         let of_memory = files.by_ref().take(memory_files as usize).collect();
         let base = Base::received(memory, extents, of_memory)?;
         self.patience = Duration::from_millis(offer.patience_ms).min(MAX_PATIENCE * 2);

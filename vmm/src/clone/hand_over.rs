@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::drives::Drives;
 use super::heirs::{Heir, Heirs, MAX_CHILDREN};
-use super::message::{Answer, GO, MAX_MESSAGE, MORE, Machine, Offer, VERSION};
+use super::message::{Answer, GO, MAX_BEHIND, MAX_MESSAGE, MORE, Machine, Offer, VERSION};
 use crate::config::devices::DeviceConfigError;
 use crate::config::devices::sharing::SharedDrive;
 use crate::identity::{IdentityError, MAX_PATIENCE};
@@ -221,18 +222,24 @@ fn offer(
     terms: &Terms,
 ) -> Result<(), CloneError> {
     let bytes = codec::encode(machine)?;
-    let file = base::new_file(bytes.len() as u64)?;
-    std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 0)?;
-    base::seal(&file)?;
-    let mut common = vec![file.as_fd()];
-    common.extend(memory.files().iter().map(|file| file.as_fd()));
+    let (behind, file) = match bytes.len() {
+        0..=MAX_BEHIND => (bytes.as_slice(), None),
+        length => {
+            let file = base::new_file(length as u64)?;
+            file.write_all_at(&bytes, 0)?;
+            base::seal(&file)?;
+            (&[][..], Some(file))
+        }
+    };
+    let of_memory = memory.files().iter().map(|file| file.as_fd());
+    let common: Vec<_> = file.iter().map(AsFd::as_fd).chain(of_memory).collect();
     for heir in heirs {
         let parcel = drives.parcel(&heir.copy.wants)?;
         let mut files = common.clone();
         files.extend(parcel.files());
         let offer = Offer {
             version: VERSION,
-            machine: bytes.len() as u64,
+            machine: file.is_some().then_some(bytes.len() as u64),
             changes: heir.copy.changes.clone(),
             resume: terms.resume,
             track_dirty_pages: terms.track_dirty_pages,
@@ -243,7 +250,9 @@ fn offer(
             patience_ms: u64::try_from(terms.patience.as_millis()).unwrap_or(u64::MAX),
         };
         let (first, rest) = files.split_at(files.len().min(MAX_FILES));
-        let mut sent = heir.socket.send(&codec::encode(&offer)?, first);
+        let mut message = codec::encode(&offer)?;
+        message.extend_from_slice(behind);
+        let mut sent = heir.socket.send(&message, first);
         for more in rest.chunks(MAX_FILES) {
             sent = sent.and_then(|()| heir.socket.send(MORE, more));
         }

@@ -12,11 +12,13 @@ use crate::machine::state::MachineState;
 use crate::memory::base::Extent;
 
 /// Version of all of this. Both sides have the same.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 /// Most bytes of a message.
 pub const MAX_MESSAGE: usize = 64 << 10;
 /// How long one side waits for the other.
 pub const PATIENCE: Duration = Duration::from_secs(5);
+/// Most bytes of a machine that go with the offer itself. A file for them would cost each side more than the copy.
+pub const MAX_BEHIND: usize = 16 << 10;
 /// Comes with further descriptors.
 pub const MORE: &[u8] = b"more";
 /// What a process says that was started with a connection, once it can become a machine.
@@ -24,13 +26,14 @@ pub const READY: &[u8] = b"ready";
 /// The last word.
 pub const GO: &[u8] = b"go";
 
-/// A machine is offered. The first descriptor that comes with it holds a [`Machine`].
+/// A machine is offered. The [`Machine`] lies behind it in the message, or if it is larger than [`MAX_BEHIND`] in the first
+/// descriptor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Offer {
     /// [`VERSION`].
     pub version: u16,
-    /// Bytes of the encoded machine.
-    pub machine: u64,
+    /// Bytes of the machine in the first descriptor; none where it lies behind the offer.
+    pub machine: Option<u64>,
     /// What is different in the copy.
     pub changes: Changes,
     /// Whether it is to run at once.
