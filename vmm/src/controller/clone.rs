@@ -264,15 +264,18 @@ impl Controller {
             return;
         };
         let size = self.options.adopt_memory;
-        match size.and_then(|size| memory::allocate(size, HugePages::None).ok()) {
-            Some(place) => hypervisor.prepare_with(place),
-            None => hypervisor.prepare(),
-        }
-        self.hypervisor = Some(hypervisor);
         if self.standby.is_none() {
             let confine = self.options.confine_vcpu.clone();
             self.standby = Standby::start(0, move || confine()).ok();
         }
+        match size.and_then(|size| memory::allocate(size, HugePages::None).ok()) {
+            Some(place) => hypervisor.prepare_with(place, |vcpu| match &self.standby {
+                Some(standby) => standby.enter(vcpu),
+                None => Some(vcpu),
+            }),
+            None => hypervisor.prepare(),
+        }
+        self.hypervisor = Some(hypervisor);
     }
 }
 

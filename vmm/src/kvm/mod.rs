@@ -20,10 +20,11 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::arch::x86_64::cpuid::{self, Topology};
 use crate::arch::x86_64::layout;
 use crate::clock::time_on;
 use crate::reach;
-use crate::vcpu::state::Saveable;
+use crate::vcpu::state::{CpuidLeaf, Saveable, Vcpu};
 
 const API_VERSION: i32 = 12;
 
@@ -134,14 +135,29 @@ impl Hypervisor {
     }
 
     /// The same for a machine that will have `memory`, whatever is mapped there by then: a slot for memory that is set some
-    /// time after KVM_CREATE_VM costs a grace period too. With its first vCPU, and no record of written pages.
-    pub fn prepare_with(&self, memory: Arc<Memory>) {
+    /// time after KVM_CREATE_VM costs a grace period too. With its only vCPU, which `enter` has been in and out of, and no record
+    /// of written pages.
+    pub fn prepare_with(&self, memory: Arc<Memory>, enter: impl FnOnce(VcpuFd) -> Option<VcpuFd>) {
         let fitted = self.while_asked_for_cpuid(|| {
             let vm = fit(self.new_vm()?, &memory, false)?;
-            vm.first.set(Some(vm.create_vcpu(0)?));
-            Ok::<_, KvmError>(Ahead::Fitted(memory, vm))
+            let vcpu = vm.create_vcpu(0)?;
+            Ok::<_, KvmError>((vm, vcpu))
         });
-        self.ahead.replace(fitted.ok());
+        let ahead = fitted.ok().and_then(|(vm, Vcpu { fd, .. })| {
+            // What it will have, unless a template says other.
+            let only = Topology {
+                vcpus: 1,
+                threads: 1,
+            };
+            let supported = self.supported_cpuid().ok()?;
+            let cpuid = cpuid::for_vcpu(supported, only, 0, self.has_tsc_deadline());
+            fd.set_cpuid2(&cpuid).ok()?;
+            let cpuid = cpuid.as_slice().iter().map(CpuidLeaf::from).collect();
+            let fd = enter(fd)?;
+            vm.first.set(Some(Vcpu { fd, cpuid }));
+            Some(Ahead::Fitted(memory, vm))
+        });
+        self.ahead.replace(ahead);
     }
 
     /// What [`Self::prepare_with`] was given, if that machine is still to be had.
@@ -292,18 +308,20 @@ fn fit(fd: VmFd, memory: &Memory, track_dirty: bool) -> Result<Vm, KvmError> {
 pub struct Vm {
     fd: Arc<VmFd>,
     /// vCPU 0, if it was made ahead.
-    first: Cell<Option<VcpuFd>>,
+    first: Cell<Option<Vcpu>>,
 }
 
 impl Vm {
-    /// Makes vCPU `id`; the APIC id is the same number.
-    pub fn create_vcpu(&self, id: u8) -> Result<VcpuFd, KvmError> {
+    /// Makes vCPU `id`; the APIC id is the same number. Without CPUID, unless it was made ahead.
+    pub fn create_vcpu(&self, id: u8) -> Result<Vcpu, KvmError> {
         if id == 0
             && let Some(ready) = self.first.take()
         {
             return Ok(ready);
         }
-        call("KVM_CREATE_VCPU", self.fd.create_vcpu(u64::from(id)))
+        let fd = call("KVM_CREATE_VCPU", self.fd.create_vcpu(u64::from(id)))?;
+        let cpuid = Vec::new();
+        Ok(Vcpu { fd, cpuid })
     }
 
     /// Lets writes of `queue` to the notify register of the page at `page` fire `kick` without an exit to us.

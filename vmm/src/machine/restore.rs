@@ -20,7 +20,7 @@ use crate::arch::x86_64::layout;
 use crate::events::DevicesPaused;
 use crate::kvm::{Hypervisor, KvmError};
 use crate::memory::Ram;
-use crate::vcpu::state::{Vcpu, VcpuStateError, restore as restore_vcpu};
+use crate::vcpu::state::{VcpuStateError, restore as restore_vcpu};
 
 /// Why a saved machine cannot be restored.
 #[derive(Debug, thiserror::Error)]
@@ -112,17 +112,14 @@ pub fn restore(
     }
     log::debug!("{} devices attached", attached.len());
     let restorable = hypervisor.restorable();
-    let mut fds = Vec::with_capacity(state.vcpus.len());
+    let mut made = Vec::with_capacity(state.vcpus.len());
     for (id, saved) in (0u8..).zip(&state.vcpus) {
-        let fd = vm.create_vcpu(id)?;
-        restore_vcpu(&fd, saved, &restorable)
+        let mut vcpu = vm.create_vcpu(id)?;
+        restore_vcpu(&mut vcpu, saved, &restorable)
             .map_err(|source| RestoreMachineError::Vcpu { id, source })?;
-        fds.push(Vcpu {
-            fd,
-            cpuid: saved.cpuid.clone(),
-        });
+        made.push(vcpu);
     }
-    log::debug!("{} vCPUs restored", fds.len());
+    log::debug!("{} vCPUs restored", made.len());
     // After the vCPUs: their time stamp counters are what the clock counts by.
     vm.set_clock(&state.clock, clock_catches_up)?;
     let wiring = assemble::serial_wiring(&ioapic, console);
@@ -137,7 +134,7 @@ pub fn restore(
     let parts = Parts {
         vm,
         ram,
-        vcpus: fds,
+        vcpus: made,
         ioapic,
         serial,
         i8042,

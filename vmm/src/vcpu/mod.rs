@@ -71,7 +71,13 @@ pub struct VcpuThread {
 /// A thread that is confined, and waits for the vCPU that it is to run. Dropped, it ends.
 pub struct Standby {
     thread: JoinHandle<()>,
-    seat: SyncSender<Seat>,
+    errands: SyncSender<Errand>,
+}
+
+enum Errand {
+    /// Into the vCPU and out again, before the guest's first instruction.
+    Enter(VcpuFd, SyncSender<VcpuFd>),
+    Sit(Seat),
 }
 
 struct Seat {
@@ -86,14 +92,19 @@ impl Standby {
         id: u8,
         setup: impl FnOnce() -> io::Result<()> + Send + 'static,
     ) -> io::Result<Self> {
-        let (seat, given) = sync_channel(1);
+        let (errands, given) = sync_channel(1);
         let thread = std::thread::Builder::new()
             .name(format!("vcpu {id}"))
             .stack_size(256 << 10)
             .spawn(move || {
                 let ready = setup();
-                let Ok(Seat { fd, shared, kick }) = given.recv() else {
-                    return;
+                let Seat { fd, shared, kick } = loop {
+                    match given.recv() {
+                        // Who waits for it may have ended.
+                        Ok(Errand::Enter(fd, back)) => drop(back.send(entered(fd))),
+                        Ok(Errand::Sit(seat)) => break seat,
+                        Err(_) => return,
+                    }
                 };
                 let stop = match ready {
                     Ok(()) => turns::run(&shared.gate, || InTurn {
@@ -108,19 +119,27 @@ impl Standby {
                 }
                 shared.gate.left();
             })?;
-        Ok(Standby { thread, seat })
+        Ok(Standby { thread, errands })
+    }
+
+    /// Has it enter `fd` and leave it before the guest's first instruction: what the kernel does for a thread's, and a machine's,
+    /// first KVM_RUN is done then. None if the thread has ended.
+    pub fn enter(&self, fd: VcpuFd) -> Option<VcpuFd> {
+        let (back, entered) = sync_channel(1);
+        self.errands.send(Errand::Enter(fd, back)).ok()?;
+        entered.recv().ok()
     }
 
     /// Gives it its vCPU, which waits at the gate before the first instruction.
     pub fn run(self, mut fd: VcpuFd, shared: VcpuShared) -> io::Result<VcpuThread> {
-        let Standby { thread, seat } = self;
+        let Standby { thread, errands } = self;
         let kick = Kick::new(&mut fd);
         let fd = Arc::new(Mutex::new(fd));
-        let taken = seat.send(Seat {
+        let taken = errands.send(Errand::Sit(Seat {
             fd: fd.clone(),
             shared,
             kick: kick.clone(),
-        });
+        }));
         taken.map_err(|_| io::Error::other("it has ended"))?;
         Ok(VcpuThread {
             kick,
@@ -170,6 +189,15 @@ impl VcpuShared {
     pub fn report_to(sender: Sender<Stop>) -> Arc<dyn Fn(Stop) + Send + Sync> {
         Arc::new(move |stop| drop(sender.send(stop)))
     }
+}
+
+/// The same after a KVM_RUN that does not get to the guest (KVM API, `immediate_exit`).
+fn entered(mut fd: VcpuFd) -> VcpuFd {
+    fd.set_kvm_immediate_exit(1);
+    // EINTR, which is as good as anything else here.
+    let _ = fd.run();
+    fd.set_kvm_immediate_exit(0);
+    fd
 }
 
 /// The vCPU, locked for a turn.

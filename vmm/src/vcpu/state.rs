@@ -153,13 +153,13 @@ pub fn save(vcpu: &VcpuFd, cpuid: &[CpuidLeaf], saveable: &Saveable) -> Result<V
     })
 }
 
-/// Sets a vCPU that has not run yet.
+/// Sets a vCPU that has not been in a guest yet.
 ///
 /// The order: CPUID first, because KVM checks what follows against it. KVM_SET_SREGS before the local APIC, because
 /// it has the APIC's mode. The APIC before the MSRs, because the deadline timer is armed only in an APIC that is set
 /// up. The counter's frequency before its value. KVM_SET_REGS, which drops pending exceptions, before
 /// KVM_SET_VCPU_EVENTS.
-pub fn restore(vcpu: &VcpuFd, state: &VcpuState, saveable: &Saveable) -> Result<()> {
+pub fn restore(vcpu: &mut Vcpu, state: &VcpuState, saveable: &Saveable) -> Result<()> {
     let VcpuState {
         cpuid,
         tsc_khz,
@@ -173,7 +173,12 @@ pub fn restore(vcpu: &VcpuFd, state: &VcpuState, saveable: &Saveable) -> Result<
         msrs,
         events,
     } = state;
-    call("KVM_SET_CPUID2", vcpu.set_cpuid2(&to_cpuid(cpuid)?))?;
+    // On a host that is itself a guest each leaf that KVM looks at may be an exit.
+    if vcpu.cpuid != *cpuid {
+        call("KVM_SET_CPUID2", vcpu.fd.set_cpuid2(&to_cpuid(cpuid)?))?;
+        vcpu.cpuid.clone_from(cpuid);
+    }
+    let vcpu = &vcpu.fd;
     if let Some(khz) = tsc_khz {
         set_tsc_khz(vcpu, *khz)?;
     }
