@@ -359,6 +359,8 @@ impl Controller {
         }
         let paused = self.adopt(built, room, events);
         self.phase = Phase::Running(paused.resume());
+        // The first clone is not to ask for it while the machine stands still.
+        self.saveable = hypervisor.saveable().ok();
         process::let_go_of_code();
         // Asked only now: CPUID is slow on a host that is itself a guest.
         if !kvm::is_hardware_virtualized() {

@@ -24,7 +24,7 @@ use crate::arch::x86_64::cpuid::{self, Topology};
 use crate::arch::x86_64::layout;
 use crate::clock::time_on;
 use crate::reach;
-use crate::vcpu::state::{CpuidLeaf, Saveable, Vcpu};
+use crate::vcpu::state::{self, CpuidLeaf, Fresh, Saveable};
 
 const API_VERSION: i32 = 12;
 
@@ -143,7 +143,7 @@ impl Hypervisor {
             let vcpu = vm.create_vcpu(0)?;
             Ok::<_, KvmError>((vm, vcpu))
         });
-        let ahead = fitted.ok().and_then(|(vm, Vcpu { fd, .. })| {
+        let ahead = fitted.ok().and_then(|(vm, Fresh { fd, .. })| {
             // What it will have, unless a template says other.
             let only = Topology {
                 vcpus: 1,
@@ -152,9 +152,12 @@ impl Hypervisor {
             let supported = self.supported_cpuid().ok()?;
             let cpuid = cpuid::for_vcpu(supported, only, 0, self.has_tsc_deadline());
             fd.set_cpuid2(&cpuid).ok()?;
-            let cpuid = cpuid.as_slice().iter().map(CpuidLeaf::from).collect();
+            let leaves: Vec<_> = cpuid.as_slice().iter().map(CpuidLeaf::from).collect();
             let fd = enter(fd)?;
-            vm.first.set(Some(Vcpu { fd, cpuid }));
+            let has = state::save(&fd, &leaves, &self.restorable())
+                .ok()
+                .map(Box::new);
+            vm.first.set(Some(Fresh { fd, has }));
             Some(Ahead::Fitted(memory, vm))
         });
         self.ahead.replace(ahead);
@@ -308,20 +311,19 @@ fn fit(fd: VmFd, memory: &Memory, track_dirty: bool) -> Result<Vm, KvmError> {
 pub struct Vm {
     fd: Arc<VmFd>,
     /// vCPU 0, if it was made ahead.
-    first: Cell<Option<Vcpu>>,
+    first: Cell<Option<Fresh>>,
 }
 
 impl Vm {
-    /// Makes vCPU `id`; the APIC id is the same number. Without CPUID, unless it was made ahead.
-    pub fn create_vcpu(&self, id: u8) -> Result<Vcpu, KvmError> {
+    /// Makes vCPU `id`; the APIC id is the same number.
+    pub fn create_vcpu(&self, id: u8) -> Result<Fresh, KvmError> {
         if id == 0
             && let Some(ready) = self.first.take()
         {
             return Ok(ready);
         }
         let fd = call("KVM_CREATE_VCPU", self.fd.create_vcpu(u64::from(id)))?;
-        let cpuid = Vec::new();
-        Ok(Vcpu { fd, cpuid })
+        Ok(Fresh { fd, has: None })
     }
 
     /// Lets writes of `queue` to the notify register of the page at `page` fire `kick` without an exit to us.

@@ -294,7 +294,7 @@ fn create_vcpus(
     let tsc_deadline = hypervisor.has_tsc_deadline();
     (0..shape.topology.vcpus)
         .map(|id| {
-            let Vcpu { fd, .. } = vm.create_vcpu(id)?;
+            let fd = vm.create_vcpu(id)?.fd;
             let leaves = cpuid_of(supported, shape.topology, id, tsc_deadline, cpu);
             fd.set_cpuid2(&leaves)
                 .map_err(|source| BuildError::Cpuid { id, source })?;

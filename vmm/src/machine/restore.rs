@@ -114,10 +114,8 @@ pub fn restore(
     let restorable = hypervisor.restorable();
     let mut made = Vec::with_capacity(state.vcpus.len());
     for (id, saved) in (0u8..).zip(&state.vcpus) {
-        let mut vcpu = vm.create_vcpu(id)?;
-        restore_vcpu(&mut vcpu, saved, &restorable)
-            .map_err(|source| RestoreMachineError::Vcpu { id, source })?;
-        made.push(vcpu);
+        let vcpu = restore_vcpu(vm.create_vcpu(id)?, saved, &restorable);
+        made.push(vcpu.map_err(|source| RestoreMachineError::Vcpu { id, source })?);
     }
     log::debug!("{} vCPUs restored", made.len());
     // After the vCPUs: their time stamp counters are what the clock counts by.

@@ -112,6 +112,14 @@ fn call<T>(call: &'static str, result: std::result::Result<T, kvm_ioctls::Error>
     result.map_err(|source| VcpuStateError::Call { call, source })
 }
 
+/// A vCPU that was only made.
+pub struct Fresh {
+    /// The vCPU.
+    pub fd: VcpuFd,
+    /// What it has, if that was looked up, but for its MSRs.
+    pub has: Option<Box<VcpuState>>,
+}
+
 /// A vCPU that was set up, and the CPUID that KVM was given for it.
 pub struct Vcpu {
     /// The vCPU.
@@ -159,7 +167,9 @@ pub fn save(vcpu: &VcpuFd, cpuid: &[CpuidLeaf], saveable: &Saveable) -> Result<V
 /// it has the APIC's mode. The APIC before the MSRs, because the deadline timer is armed only in an APIC that is set
 /// up. The counter's frequency before its value. KVM_SET_REGS, which drops pending exceptions, before
 /// KVM_SET_VCPU_EVENTS.
-pub fn restore(vcpu: &mut Vcpu, state: &VcpuState, saveable: &Saveable) -> Result<()> {
+///
+/// What it has already, as far as that is known, is not set again: on a host that is itself a guest each call is 10 us.
+pub fn restore(fresh: Fresh, state: &VcpuState, saveable: &Saveable) -> Result<Vcpu> {
     let VcpuState {
         cpuid,
         tsc_khz,
@@ -173,27 +183,54 @@ pub fn restore(vcpu: &mut Vcpu, state: &VcpuState, saveable: &Saveable) -> Resul
         msrs,
         events,
     } = state;
-    // On a host that is itself a guest each leaf that KVM looks at may be an exit.
-    if vcpu.cpuid != *cpuid {
-        call("KVM_SET_CPUID2", vcpu.fd.set_cpuid2(&to_cpuid(cpuid)?))?;
-        vcpu.cpuid.clone_from(cpuid);
+    let Fresh { fd: vcpu, has } = fresh;
+    // Other leaves may mean other registers.
+    let has = has.filter(|has| has.cpuid == *cpuid);
+    let lacks = |is_same: fn(&VcpuState, &VcpuState) -> bool| match &has {
+        Some(has) => !is_same(has, state),
+        None => true,
+    };
+    if has.is_none() {
+        call("KVM_SET_CPUID2", vcpu.set_cpuid2(&to_cpuid(cpuid)?))?;
     }
-    let vcpu = &vcpu.fd;
-    if let Some(khz) = tsc_khz {
-        set_tsc_khz(vcpu, *khz)?;
+    if let Some(khz) = tsc_khz
+        && lacks(|a, b| a.tsc_khz == b.tsc_khz)
+    {
+        set_tsc_khz(&vcpu, *khz)?;
     }
-    call("KVM_SET_MP_STATE", vcpu.set_mp_state(*mp_state))?;
+    if lacks(|a, b| a.mp_state == b.mp_state) {
+        call("KVM_SET_MP_STATE", vcpu.set_mp_state(*mp_state))?;
+    }
     call("KVM_SET_REGS", vcpu.set_regs(regs))?;
     call("KVM_SET_SREGS", vcpu.set_sregs(sregs))?;
-    restore_xsave(vcpu, xsave, saveable.xsave)?;
-    call("KVM_SET_XCRS", vcpu.set_xcrs(xcrs))?;
-    call("KVM_SET_DEBUGREGS", vcpu.set_debug_regs(debug))?;
+    if lacks(|a, b| a.xsave == b.xsave) {
+        restore_xsave(&vcpu, xsave, saveable.xsave)?;
+    }
+    if lacks(|a, b| a.xcrs == b.xcrs) {
+        call("KVM_SET_XCRS", vcpu.set_xcrs(xcrs))?;
+    }
+    if lacks(|a, b| a.debug == b.debug) {
+        call("KVM_SET_DEBUGREGS", vcpu.set_debug_regs(debug))?;
+    }
     call("KVM_SET_LAPIC", vcpu.set_lapic(lapic))?;
-    restore_msrs(vcpu, msrs)?;
+    restore_msrs(&vcpu, msrs)?;
     call("KVM_SET_VCPU_EVENTS", vcpu.set_vcpu_events(events))?;
-    // Tells a guest with a kvm-clock that it stood still, so that its watchdogs do not bark. One without refuses.
-    let _ = vcpu.kvmclock_ctrl();
-    Ok(())
+    if has_clock(msrs) {
+        // It stood still: its watchdogs are not to bark. It may not be there yet for all the registers say.
+        let _ = vcpu.kvmclock_ctrl();
+    }
+    Ok(Vcpu {
+        fd: vcpu,
+        cpuid: cpuid.clone(),
+    })
+}
+
+/// Whether a guest with these registers has a kvm-clock (Linux, Documentation/virt/kvm/x86/msr.rst).
+fn has_clock(msrs: &[(u32, u64)]) -> bool {
+    const MSR_KVM_SYSTEM_TIME: [u32; 2] = [0x12, 0x4b56_4d01];
+    const ENABLED: u64 = 1;
+    let mut registers = msrs.iter();
+    registers.any(|(index, value)| MSR_KVM_SYSTEM_TIME.contains(index) && value & ENABLED != 0)
 }
 
 /// CPUID as KVM takes it.
