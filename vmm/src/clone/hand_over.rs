@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use lepton_api::types::{Cloned, ClonedChild};
@@ -15,6 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::drives::Drives;
 use super::heirs::{Heir, Heirs, MAX_CHILDREN};
 use super::message::{Answer, GO, MAX_BEHIND, MAX_MESSAGE, MORE, Machine, Offer, VERSION};
+use super::pool::Taken;
 use crate::config::devices::DeviceConfigError;
 use crate::config::devices::sharing::SharedDrive;
 use crate::identity::{IdentityError, MAX_PATIENCE};
@@ -133,10 +134,8 @@ pub struct Finished {
 }
 
 impl HandOver {
-    /// Gives all of them the machine, waits until they have it, and lets them run, or none. Takes a while, and gives up
-    /// the files of this thread: for a thread of its own. Meanwhile `offered` is told that all of them have it before
-    /// them, and `told` tells of the machine's pause, which has ended then.
-    pub fn finish(self, offered: &SyncSender<()>, told: &Receiver<Pause>) -> Finished {
+    /// Gives all of them the machine.
+    pub fn offer(self) -> Offered {
         let HandOver {
             heirs,
             state,
@@ -161,45 +160,86 @@ impl HandOver {
             track_dirty_pages,
             patience: heirs.patience,
         };
-        let given = give(heirs, &machine, &base, drives, &terms, (offered, told));
-        let result = given.map(|(children, pause)| Cloned {
-            pause_us: microseconds(pause.length),
-            copied_bytes: copied,
-            children,
-        });
-        Finished { result, leftovers }
+        Offered {
+            given: give(heirs, &machine, &base, drives, terms),
+            copied,
+            leftovers,
+        }
     }
 }
 
-/// An error closes the heirs' sockets: who has the machine already ends.
+/// A machine that its heirs have before them. Dropped, there are no copies: that closes their sockets, and who has the machine
+/// already ends.
+pub struct Offered {
+    given: Result<Given, CloneError>,
+    copied: u64,
+    leftovers: Vec<OldMapping>,
+}
+
+struct Given {
+    heirs: Vec<Heir>,
+    taken: Option<Taken>,
+    terms: Terms,
+}
+
+impl Offered {
+    /// Waits until all of them have it, and lets them run, or none. Takes a while, and gives up the files of this thread: for
+    /// a thread of its own. `told` tells of the machine's pause, which has ended then.
+    pub fn finish(self, told: &Receiver<Pause>) -> Finished {
+        let copied_bytes = self.copied;
+        let given = self.given.and_then(|given| given.finish(told));
+        let result = given.map(|(children, pause)| Cloned {
+            pause_us: microseconds(pause.length),
+            copied_bytes,
+            children,
+        });
+        Finished {
+            result,
+            leftovers: self.leftovers,
+        }
+    }
+}
+
+impl Given {
+    fn finish(self, told: &Receiver<Pause>) -> Result<(Vec<ClonedChild>, Pause), CloneError> {
+        let Given {
+            heirs,
+            taken,
+            terms,
+        } = self;
+        // What comes now comes from others.
+        reach::give_up_files()?;
+        let pause = told.recv().map_err(io::Error::other)?;
+        let children = collect(&heirs, terms.patience, pause.end)?;
+        if !terms.alone {
+            for heir in &heirs {
+                // One that has ended since it was ready has ended as a machine may end.
+                if let Err(error) = heir.socket.send(GO, &[]) {
+                    log::warn!("clone {}: {error}", heir.copy.child);
+                }
+            }
+        }
+        if let Some(taken) = taken {
+            taken.keep();
+        }
+        Ok((children, pause))
+    }
+}
+
 fn give(
     heirs: Heirs,
     machine: &Machine,
     memory: &base::Base,
     drives: Vec<SharedDrive>,
-    terms: &Terms,
-    (offered, told): (&SyncSender<()>, &Receiver<Pause>),
-) -> Result<(Vec<ClonedChild>, Pause), CloneError> {
+    terms: Terms,
+) -> Result<Given, CloneError> {
     let (heirs, taken) = heirs.gather()?;
-    offer(&heirs, machine, memory, &Drives::new(drives)?, terms)?;
-    // Who offers may be busy with something else by now.
-    let _ = offered.try_send(());
-    // What comes now comes from others.
-    reach::give_up_files()?;
-    let pause = told.recv().map_err(io::Error::other)?;
-    let children = collect(&heirs, terms.patience, pause.end)?;
-    if !terms.alone {
-        for heir in &heirs {
-            // One that has ended since it was ready has ended as a machine may end.
-            if let Err(error) = heir.socket.send(GO, &[]) {
-                log::warn!("clone {}: {error}", heir.copy.child);
-            }
-        }
-    }
-    if let Some(taken) = taken {
-        taken.keep();
-    }
-    Ok((children, pause))
+    offer(&heirs, machine, memory, &Drives::new(drives)?, &terms)?;
+    Ok(Given {
+        heirs,
+        taken,
+        terms,
+    })
 }
 
 fn microseconds(time: Duration) -> u64 {

@@ -98,6 +98,15 @@ impl Heirs {
         self.copies.len()
     }
 
+    /// Whether there is one only, and it is there: to give it the machine takes little.
+    pub fn is_one_at_hand(&self) -> bool {
+        let at_hand = match &self.place {
+            Place::Sockets(_) => true,
+            Place::Pool(asked) => asked.has_answered(),
+        };
+        self.count() == 1 && at_hand
+    }
+
     /// Waits until a pool has given all, which takes a while if it has to start some: not for the event loop.
     pub fn gather(self) -> Result<(Vec<Heir>, Option<Taken>), CloneError> {
         let (sockets, taken) = match self.place {

@@ -28,6 +28,6 @@ mod template;
 
 pub use adopt::{AdoptError, Adopter, Adoption, Source, map};
 pub use drives::{NewFiles, wanted as wanted_drives};
-pub use hand_over::{CloneError, Finished, HandOver, Pause};
+pub use hand_over::{CloneError, Finished, HandOver, Offered, Pause};
 pub use heirs::Heirs;
 pub use template::{Template, TemplateError};

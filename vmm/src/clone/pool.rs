@@ -46,6 +46,12 @@ impl Asked {
         }
     }
 
+    /// Whether it has said something.
+    pub fn has_answered(&self) -> bool {
+        let now = Timespec::default();
+        poll(&mut [PollFd::new(&self.pool, PollFlags::IN)], Some(&now)) == Ok(1)
+    }
+
     /// Waits for a connection to each, while the pool starts those that it does not have.
     pub fn wait(self) -> Result<(Vec<PacketSocket>, Taken), CloneError> {
         match self.receive() {

@@ -12,7 +12,7 @@ use super::held::{Held, Waiting};
 use super::phase::Phase;
 use super::policy::Stage;
 use crate::clone::{
-    self, AdoptError, Adoption, CloneError, Finished, HandOver, Heirs, NewFiles, Pause,
+    self, AdoptError, Adoption, CloneError, Finished, HandOver, Heirs, NewFiles, Offered, Pause,
 };
 use crate::config::Configuration;
 use crate::config::devices::sharing::SharedDrive;
@@ -86,7 +86,7 @@ impl Controller {
         if let Phase::Template(template) = &self.phase {
             let hand_over = template.hand_over(request)?;
             Courier::start(answer.clone())?
-                .take(hand_over)
+                .take(Errand::Offer(Box::new(hand_over)))
                 .tell(Pause::none());
             return Ok(());
         }
@@ -129,16 +129,25 @@ impl Controller {
             let (state, mut memory, drives) = take(&mut paused, configuration, &order)?;
             memory.leftovers.extend(parted);
             let copied = memory.copied;
-            let under_way = courier.take(HandOver {
+            let hand_over = HandOver {
                 heirs,
                 state,
                 memory,
                 drives,
                 track_dirty_pages: configuration.shape().track_dirty_pages,
-            });
-            if runs {
-                under_way.wait_until_offered();
-            }
+            };
+            // A copy that has the machine before it before the vCPUs run again comes to a processor before they do. To hand it
+            // to another thread first takes longer than to give it to one copy.
+            let under_way = match hand_over.heirs.is_one_at_hand() {
+                true => courier.take(Errand::Finish(hand_over.offer())),
+                false => {
+                    let under_way = courier.take(Errand::Offer(Box::new(hand_over)));
+                    if runs {
+                        under_way.wait_until_offered();
+                    }
+                    under_way
+                }
+            };
             Ok((under_way, copied))
         });
         self.phase = match runs {
@@ -281,8 +290,15 @@ impl Controller {
 
 /// A thread that brings machines to their copies, and waits for one.
 struct Courier {
-    hand_overs: SyncSender<HandOver>,
+    errands: SyncSender<Errand>,
     under_way: UnderWay,
+}
+
+enum Errand {
+    /// Nobody has the machine before them yet.
+    Offer(Box<HandOver>),
+    /// All have.
+    Finish(Offered),
 }
 
 /// One that has its machine.
@@ -299,7 +315,7 @@ const HEAD_START: Duration = Duration::from_micros(250);
 impl Courier {
     /// Starts it. It tells `answer` what came of it, if it gets a machine.
     fn start(answer: SyncSender<Result<Reply, Fault>>) -> Result<Self, CloneError> {
-        let (hand_overs, taken) = sync_channel(1);
+        let (errands, taken) = sync_channel(1);
         let (pauses, told) = sync_channel(1);
         let (offers, offered) = sync_channel(1);
         std::thread::Builder::new()
@@ -307,9 +323,17 @@ impl Courier {
             .stack_size(256 << 10)
             .spawn(move || {
                 // Else it was refused.
-                if let Ok(hand_over) = taken.recv() {
-                    let hand_over: HandOver = hand_over;
-                    let Finished { result, leftovers } = hand_over.finish(&offers, &told);
+                if let Ok(errand) = taken.recv() {
+                    let offered = match errand {
+                        Errand::Finish(offered) => offered,
+                        Errand::Offer(hand_over) => {
+                            let offered = hand_over.offer();
+                            // Who waited may be busy with something else by now.
+                            let _ = offers.try_send(());
+                            offered
+                        }
+                    };
+                    let Finished { result, leftovers } = offered.finish(&told);
                     match result {
                         // A client that is gone needs no answer.
                         Ok(cloned) => drop(answer.send(Reply::json(&cloned))),
@@ -319,16 +343,13 @@ impl Courier {
                 }
             })?;
         let under_way = UnderWay { pauses, offered };
-        Ok(Courier {
-            hand_overs,
-            under_way,
-        })
+        Ok(Courier { errands, under_way })
     }
 
     /// Sends it off.
-    fn take(self, hand_over: HandOver) -> UnderWay {
+    fn take(self, errand: Errand) -> UnderWay {
         // It waits for it.
-        drop(self.hand_overs.send(hand_over));
+        drop(self.errands.send(errand));
         self.under_way
     }
 }
