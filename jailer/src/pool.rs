@@ -72,8 +72,6 @@ struct Pool {
     /// Where jails are made, and as whom they run.
     base: Folder,
     owner: Owner,
-    /// The program as it was when the pool started. Who starts a VMM opens it anew.
-    program: Program,
     /// The folder of all jails.
     jails: PathBuf,
     size: usize,
@@ -84,6 +82,8 @@ struct Pool {
     clients: Vec<Client>,
     /// The next VMM's copy of the program.
     spare: Option<Spare>,
+    /// It was written for the next VMM, or could not be.
+    is_ahead: bool,
     /// Number of the last VMM.
     last: u32,
     failures: u32,
@@ -119,7 +119,6 @@ pub fn run(cli: Cli, handed: Vec<Handed>) -> Result<u8, JailError> {
         jails: plan.base.path().join(plan.program.name()),
         base: plan.base,
         owner: plan.owner,
-        program: plan.program,
         cli,
         handed: plan.handed,
         signals: HeldSignals::hold().map_err(JailError::Fork)?,
@@ -127,6 +126,7 @@ pub fn run(cli: Cli, handed: Vec<Handed>) -> Result<u8, JailError> {
         ready: VecDeque::new(),
         clients: Vec::new(),
         spare: None,
+        is_ahead: false,
         last: 0,
         failures: 0,
     };
@@ -191,11 +191,14 @@ impl Pool {
     /// Writes the next VMM's copy of the program, once nothing else is to be done: it takes as long as all the rest of a jail.
     fn write_ahead(&mut self) {
         let is_busy = !(self.starting.is_empty() && self.clients.is_empty());
-        if is_busy || self.spare.is_some() {
+        if is_busy || self.is_ahead {
             return;
         }
-        // What fails here is tried again when it is needed, and told then.
-        self.spare = Spare::write(&self.base, &self.program, self.owner).ok();
+        self.is_ahead = true;
+        // What fails here is tried again when it is needed, and told then. The program may be another one by now.
+        let program = Program::open(&self.cli.exec_file).ok();
+        self.spare =
+            program.and_then(|program| Spare::write(&self.base, &program, self.owner).ok());
     }
 
     /// A number that no jail has, also none of another pool that has ended.
@@ -215,6 +218,7 @@ impl Pool {
         let (link, other) = PacketSocket::pair().map_err(JailError::Pool)?;
         let (fate, decision) = keeper::fate().map_err(JailError::Pipe)?;
         let spare = self.spare.take();
+        self.is_ahead = false;
         let clock = Clock::start().before_fork();
         match process::fork().map_err(JailError::Fork)? {
             Side::Parent(_) => Ok(Waiting { link, decision }),

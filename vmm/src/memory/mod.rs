@@ -335,7 +335,9 @@ fn aligned<E>(
     // In small gaps above there may be room for what is too much; then they are full, and it comes below.
     let mut above = Vec::new();
     for _ in 0..8 {
-        let filler = build(place % HUGE)?;
+        let Ok(filler) = build(place % HUGE) else {
+            break;
+        };
         let is_there = filler.as_ptr() as usize == place + length - place % HUGE;
         above.push(filler);
         if is_there {
