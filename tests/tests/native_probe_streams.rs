@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
+use std::time::Instant;
 
 use lepton_tests::host_socket::HostSocket;
 use lepton_tests::metal::{Metal, results};
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
                 .of_every_origin(),
             test!(frames_come_back).needs(Need::Root).of_every_origin(),
             test!(what_it_streams_arrives).of_every_origin(),
+            test!(what_slow_hosts_left_is_given_back),
             test!(what_it_is_streamed_it_checks).of_every_origin(),
             test!(the_host_connects_and_streams_come_back).of_every_origin(),
         ],
@@ -223,6 +225,57 @@ fn what_it_streams_arrives() {
         );
         assert!(read > 0);
     }
+}
+
+/// KiB of a VMM's memory that are resident, but for its guest's.
+fn resident_beyond_guest(vmm: &Vmm) -> u64 {
+    const GUEST_KIB: u64 = 128 << 10;
+    let maps = fs::read_to_string(format!("/proc/{}/smaps", vmm.pid())).expect("the VMM runs");
+    let values = |name: &str| {
+        let lines = maps.lines().filter_map(|line| line.strip_prefix(name));
+        let kib = |rest: &str| rest.trim().trim_end_matches(" kB").parse::<u64>();
+        lines
+            .map(|rest| kib(rest).expect("a number"))
+            .collect::<Vec<_>>()
+    };
+    let all = values("Size:").into_iter().zip(values("Rss:"));
+    all.filter(|(size, _)| *size < GUEST_KIB)
+        .map(|(_, rss)| rss)
+        .sum()
+}
+
+fn what_slow_hosts_left_is_given_back() {
+    const CONNECTIONS: usize = 32;
+    // What the host takes without anybody reading, and what the VMM holds for it, is less than half of this.
+    let metal = with_vsock(&format!(
+        "probe.mode=vsock_tx,idle probe.connections={CONNECTIONS} probe.size=4096 probe.count=10000"
+    ));
+    let listener = HostSocket::of_vsock(&metal.path("v.sock"), 5000);
+    let vmm = metal.start();
+    let mut streams: Vec<_> = (0..CONNECTIONS).map(|_| listener.accept()).collect();
+    let before = resident_beyond_guest(&vmm);
+    let deadline = Instant::now() + PATIENCE;
+    while resident_beyond_guest(&vmm) < before + 1024 {
+        assert!(Instant::now() < deadline, "the VMM holds nothing");
+        thread::yield_now();
+    }
+    thread::scope(|scope| {
+        for stream in &mut streams {
+            scope.spawn(move || {
+                let mut bytes = Vec::new();
+                stream.read_to_end(&mut bytes).expect("a whole stream");
+            });
+        }
+    });
+    drop(listener);
+    drop(streams);
+    vmm.stdout.wait_for("\"mode\":\"idle\"");
+    while resident_beyond_guest(&vmm) > before + 256 {
+        let after = resident_beyond_guest(&vmm);
+        assert!(Instant::now() < deadline, "{after} KiB, before {before}");
+        thread::yield_now();
+    }
+    vmm.terminate();
 }
 
 fn what_it_is_streamed_it_checks() {

@@ -13,10 +13,10 @@ pub trait HostStream {
     /// Reads into guest memory. 0 bytes: the other side will send no more.
     fn read_into(&mut self, slices: &[VolatileSlice]) -> io::Result<usize>;
 
-    /// Writes from guest memory.
+    /// Writes from guest memory, or what was kept of it.
     fn write_from(&mut self, slices: &[VolatileSlice]) -> io::Result<usize>;
 
-    /// Writes from own memory.
+    /// Writes a line of our own.
     fn write_bytes(&mut self, bytes: &[u8]) -> io::Result<usize>;
 
     /// Gives up a direction.

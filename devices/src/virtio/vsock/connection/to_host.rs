@@ -65,8 +65,8 @@ impl<S: HostStream> Connection<S> {
     /// Writes what was kept, as far as the host takes it.
     pub(super) fn flush(&mut self, turn: &mut Turn<'_>) {
         let now = turn.now;
-        while !self.backlog.is_empty() {
-            match self.stream.write_bytes(self.backlog.bytes()) {
+        while let Some(first) = self.backlog.first() {
+            match self.stream.write_from(&[first]) {
                 Ok(written) if written > 0 => {
                     self.backlog.consume(written, turn.spare);
                     self.forwarded(written, turn.metrics);
