@@ -73,10 +73,6 @@ fn main() -> ExitCode {
             test!(copies_of_a_template_come_from_a_pool_of_jails)
                 .needs(Need::Root)
                 .needs(Need::Kvm),
-            test!(copies_of_a_template_from_a_pool_are_told_who_they_are)
-                .needs(Need::Root)
-                .needs(Need::Kvm)
-                .needs(Need::File("LEPTON_PROBE")),
             test!(what_a_pool_is_asked_for_is_checked)
                 .needs(Need::Root)
                 .needs(Need::Kvm),

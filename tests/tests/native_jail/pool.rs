@@ -6,23 +6,19 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Child;
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use lepton_hostio::packet::PacketSocket;
 use lepton_tests::counting::{self, let_run};
 use lepton_tests::guest::{Entry, Program};
 use lepton_tests::jail::{GID, Jail, Jailed, UID};
-use lepton_tests::metal::Metal;
 use lepton_tests::{Api, PATIENCE, Vmm, programs, reaper};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::user::{kvm, with_kvm};
-
-/// Where the guests' consoles go.
-const SAID: &str = "said";
 
 /// A jailer with a pool. Dropped, it ends, and with it all that it has started.
 struct Pool {
@@ -36,8 +32,7 @@ impl Pool {
         let socket = jail.base().join("pool.sock");
         let pool = [OsString::from("--pool"), socket.clone().into()];
         let jail = jail.id("copy").options(pool).options(options);
-        let said = fs::File::create(jail.base().join(SAID)).expect("a file");
-        let child = jail.command().stdout(said).spawn();
+        let child = jail.command().stdout(Stdio::null()).spawn();
         let child = child.expect("the jailer starts");
         reaper::watch(&child).expect("there is a reaper");
         let pool = Pool { jail, child };
@@ -49,11 +44,6 @@ impl Pool {
 
     fn socket(&self) -> PathBuf {
         self.jail.base().join("pool.sock")
-    }
-
-    /// What guests have said.
-    fn said(&self) -> String {
-        fs::read_to_string(self.jail.base().join(SAID)).expect("text")
     }
 
     fn folder(&self) -> PathBuf {
@@ -324,45 +314,6 @@ pub fn copies_of_a_template_come_from_a_pool_of_jails() {
     for copy in &mut copies {
         let_run(copy);
         copy.reach("Paused");
-    }
-}
-
-pub fn copies_of_a_template_from_a_pool_are_told_who_they_are() {
-    let pool = Pool::new(Jail::as_another_user(), &["--pool-size", "1"]);
-    let arguments = "probe.mode=vsock_confirm,idle probe.listen=1 probe.port=1026";
-    let metal = Metal::new("LEPTON_PROBE", arguments).with_api();
-    let socket = metal.path("v.sock");
-    let vsock = json!({ "guest_cid": 42, "uds_path": socket });
-    let saved = metal.with(|config| config["vsock"] = vsock).start();
-    saved.stdout.wait_for("\"ready\":1");
-    let mut api = saved.api();
-    api.reach("Paused");
-    let [state, memory] = ["state", "memory"].map(|name| saved.path(name));
-    let both = json!({ "snapshot_path": state, "mem_file_path": memory });
-    api.put("/snapshot/create", &both);
-    let arguments = ["--template", &state, "--template-memory", &memory];
-    let template = Vmm::builder().arguments(arguments).spawn();
-    // One after the other: all have one console.
-    for name in ["one", "two"] {
-        let child = json!({
-            "vsock_override": { "uds_path": "/run/v.sock" },
-            "identity": { "timeout_ms": 60_000, "hostname": name },
-        });
-        let request = json!({ "pool": pool.socket(), "children": [child] }).to_string();
-        let (status, reply) = template.api().request("PUT", "/clone", &request);
-        assert_eq!(status, 200, "{reply}");
-        let told = format!("hostname {name}\n");
-        wait_until("the copy is told", || {
-            let said = pool.said();
-            said.find(&told)
-                .is_some_and(|at| said[at..].contains("\nend\n"))
-        });
-    }
-    for word in ["seed ", "machine-id "] {
-        let said = pool.said();
-        let told: Vec<_> = said.lines().filter(|line| line.starts_with(word)).collect();
-        assert_eq!(told.len(), 2, "{said}");
-        assert_ne!(told[0], told[1]);
     }
 }
 
