@@ -197,8 +197,7 @@ impl Pool {
         self.is_ahead = true;
         // What fails here is tried again when it is needed, and told then. The program may be another one by now.
         let program = Program::open(&self.cli.exec_file).ok();
-        self.spare =
-            program.and_then(|program| Spare::write(&self.base, &program, self.owner).ok());
+        self.spare = program.and_then(|program| Spare::write(&self.base, program, self.owner).ok());
     }
 
     /// A number that no jail has, also none of another pool that has ended.

@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read, Write};
 use std::iter::once;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -108,16 +108,16 @@ pub struct Spare {
 
 impl Spare {
     /// Writes one where jails below `base` can have it.
-    pub fn write(base: &Folder, program: &Program, owner: Owner) -> Result<Self, FolderError> {
-        let failed = |call| move |source| base.failed(&program.name, call, source);
-        let mut from = program.file.try_clone().map_err(failed("dup"))?;
-        from.rewind().map_err(failed("lseek"))?;
-        // Before it is read: what is written to the program meanwhile makes it another one.
-        let stat = fstat(&from).map_err(|error| failed("fstat")(error.into()))?;
-        let (to, copy) = base.nameless(program.mode)?;
-        let path = base.path().join(&program.name);
-        Copy::new(from, to, owner, path).write()?;
-        let of = Version::from(&stat);
+    pub fn write(base: &Folder, program: Program, owner: Owner) -> Result<Self, FolderError> {
+        let Program {
+            file,
+            name,
+            mode,
+            // As it was before it is read: what is written to the program meanwhile makes it another one.
+            version: of,
+        } = program;
+        let (to, copy) = base.nameless(mode)?;
+        Copy::new(file, to, owner, base.path().join(&name)).write()?;
         Ok(Self { copy, of })
     }
 }
@@ -321,8 +321,7 @@ mod tests {
             let here = jails.path().join("program").join(id).join("root/program");
             (std::fs::read_to_string(here).unwrap(), copy.is_some())
         };
-        let first = Program::open(&path).unwrap();
-        let spare = || Spare::write(&base, &first, owner).unwrap();
+        let spare = || Spare::write(&base, Program::open(&path).unwrap(), owner).unwrap();
         for id in ["one", "two"] {
             assert_eq!(begin(id, spare()), ("program".into(), false));
         }

@@ -244,6 +244,9 @@ impl Adoption {
         let in_file;
         let machine = match offer.machine {
             None => behind,
+            Some(_) if !behind.is_empty() => {
+                return Err(AdoptError::Offer(CodecError::Trailing(behind.len())));
+            }
             Some(length) => {
                 let file = File::from(files.next().ok_or(AdoptError::Empty)?);
                 let room = usize::try_from(length)
