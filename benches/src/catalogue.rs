@@ -217,6 +217,12 @@ pub const BENCHMARKS: &[Benchmark] = &[
         cases: measure::clone::cases,
     },
     Benchmark {
+        name: "snapshot",
+        rounds: 11,
+        figures: measure::snapshot::FIGURES,
+        cases: measure::snapshot::cases,
+    },
+    Benchmark {
         name: "confinement",
         rounds: 51,
         figures: measure::confinement::FIGURES,

@@ -183,9 +183,7 @@ impl Vmm {
         let vmm = builder
             .arguments(["--log-path".into(), log.into_os_string()])
             .spawn();
-        let mut api = vmm.api();
-        // Once it has answered, all of it is there.
-        assert_eq!(api.state(), "Not started");
+        let api = vmm.ready();
         (vmm, api)
     }
 
@@ -206,9 +204,18 @@ impl Vmm {
     #[track_caller]
     pub fn with_api() -> (Self, Api) {
         let vmm = Self::builder().spawn();
-        let mut api = vmm.api();
-        assert_eq!(api.state(), "Not started");
+        let api = vmm.ready();
         (vmm, api)
+    }
+
+    /// Its API, once all of it is there and nothing goes on: what it does after an answer is done before the next.
+    #[track_caller]
+    fn ready(&self) -> Api {
+        let mut api = self.api();
+        for _ in 0..2 {
+            assert_eq!(api.state(), "Not started");
+        }
+        api
     }
 
     /// A VMM whose machine has a kernel and is not started, its API, and the kernel's path. Entered in 64-bit mode.

@@ -106,17 +106,17 @@ pub struct Cli {
     #[arg(long, value_name = "NUMBER", value_parser = parse_descriptor, conflicts_with_all = ["adopt", "config_file"])]
     pub adopt_fd: Option<RawFd>,
 
-    /// Memory of the machine that this process will become a copy of, in MiB. What takes longest of becoming one is then
-    /// done ahead; a machine of another size is taken as without it.
-    #[arg(long, value_name = "MIB", value_parser = parse_memory)]
-    pub adopt_mem_mib: Option<MemorySize>,
+    /// Memory of the machine that this process will get by a clone or by PUT /snapshot/load, in MiB. What takes longest of
+    /// getting one is then done ahead; a machine of another size is taken as without it.
+    #[arg(long, value_name = "MIB", value_parser = parse_memory, alias = "adopt-mem-mib", conflicts_with = "config_file")]
+    pub expect_mem_mib: Option<MemorySize>,
 
     /// State file of a saved machine that this process keeps to be cloned, and does not run.
     #[arg(
         long,
         value_name = "PATH",
         requires = "template_memory",
-        conflicts_with_all = ["config_file", "no_api", "adopt", "adopt_fd", "adopt_mem_mib", "boot_timer", "kvm_fd", "tap_fd"]
+        conflicts_with_all = ["config_file", "no_api", "adopt", "adopt_fd", "expect_mem_mib", "boot_timer", "kvm_fd", "tap_fd"]
     )]
     pub template: Option<PathBuf>,
 
@@ -255,9 +255,9 @@ mod tests {
             &["--http-api-max-payload-size", "-1"],
             &["--kvm-fd", "2"],
             &["--tap-fd", "tap0"],
-            &["--adopt-mem-mib", "0"],
-            &["--adopt-mem-mib", "1048577"],
-            &["--adopt-mem-mib", "128M"],
+            &["--expect-mem-mib", "0"],
+            &["--expect-mem-mib", "1048577"],
+            &["--expect-mem-mib", "128M"],
         ] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }

@@ -14,6 +14,7 @@ pub mod events;
 pub mod exit;
 pub mod identity;
 pub mod kvm;
+pub mod later;
 pub mod loader;
 pub mod log;
 pub mod machine;

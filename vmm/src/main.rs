@@ -162,7 +162,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
             of_vcpu.confine(Thread::Vcpu).map_err(io::Error::other)
         }),
         allow_path,
-        adopt_memory: cli.adopt_mem_mib,
+        expected_memory: cli.expect_mem_mib,
         sockets: (cli.adopt.iter().cloned())
             .chain((!cli.no_api).then(|| cli.api_socket().to_owned()))
             .collect(),
@@ -179,9 +179,11 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         .map_err(failure(ExitCode::Failure, "seccomp"))?;
     configure(&cli, &mut controller, &mut events)?;
     if let Some(adopter) = adopter {
-        controller.expect_offers();
+        controller.expect_machine(&mut events);
         adopter.say_ready();
         events.add_subscriber(Box::new(adopter));
+    } else if api.is_some() {
+        controller.expect_load(&mut events);
     }
     let code = attend(&mut controller, &inbox, &mut events)?;
     // Requests that wait for an answer get one.

@@ -6,23 +6,14 @@
 #![allow(unsafe_code)] // a signal's disposition, and madvise on the program's own mapping
 
 use std::ffi::{CString, OsString};
-use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::time::Duration;
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use lepton_devices::dirty::PAGE;
 use lepton_hostio::scheduler::ask_for_short_slices;
 use lepton_hostio::streams;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::thread::set_name;
-use vmm_sys_util::timerfd::TimerFd;
-
-/// How long a machine that came from elsewhere runs before the code that made it is let go. Its vCPUs need code on their way
-/// into the guest, and would have to map it again.
-const UNDER_WAY: Duration = Duration::from_millis(100);
 
 /// To be called first, before any thread is started. `program` is the path by which it was run.
 pub fn start(program: Option<&OsString>) {
@@ -59,41 +50,6 @@ fn name_after(program: &Path) {
 pub fn let_go_of_code() {
     // SAFETY: the function is called with a description that is valid until it returns, and stops at the first.
     unsafe { libc::dl_iterate_phdr(Some(let_go_of), std::ptr::null_mut()) };
-}
-
-/// Lets go of code ([`let_go_of_code`]) once, a moment after it was put into the event loop.
-pub struct LetGoSoon {
-    /// Until then.
-    timer: Option<TimerFd>,
-}
-
-impl LetGoSoon {
-    /// From now on.
-    pub fn begin() -> io::Result<Self> {
-        let mut timer = TimerFd::new()?;
-        timer.reset(UNDER_WAY, None)?;
-        Ok(LetGoSoon { timer: Some(timer) })
-    }
-}
-
-impl MutEventSubscriber for LetGoSoon {
-    fn process(&mut self, events: Events, ops: &mut EventOps) {
-        if let Err(error) = ops.remove(events) {
-            log::error!("cannot forget a timer: {error}");
-        }
-        self.timer = None;
-        let_go_of_code();
-    }
-
-    fn init(&mut self, ops: &mut EventOps) {
-        let Some(timer) = &self.timer else {
-            return;
-        };
-        let fired = Events::with_data_raw(timer.as_raw_fd(), 0, EventSet::IN);
-        if let Err(error) = ops.add(fired) {
-            log::error!("cannot watch a timer: {error}");
-        }
-    }
 }
 
 /// Does so for an object that is loaded. 1: no more objects are wanted, the program itself is the first.

@@ -14,6 +14,7 @@ use lepton_tests::reaper;
 use rustix::process::{Pid, PidfdFlags, Signal, geteuid, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 
+use super::weight::own_beyond_guest;
 use super::{Case, Context, Place, Reading, UP, UP_IN_WORDS};
 use crate::catalogue::{FigureKind, curve, lower};
 use crate::guest::Guest;
@@ -86,6 +87,21 @@ pub const FIGURES: &[FigureKind] = &[
         "Memory that the host has less for each of 100 copies, process and all",
         "KiB",
     ),
+    lower(
+        THOUSAND,
+        "PUT /clone of 1000 copies to its answer, all of them running",
+        "ms",
+    ),
+    lower(
+        LATER,
+        "Time between two of the last hundred of 1000 copies, as a part of that between two of the first",
+        "",
+    ),
+    lower(
+        OWN,
+        "Memory that each of 1000 copies has for itself alone, without the kernel's part in it",
+        "KiB",
+    ),
 ];
 
 const FIRST: &str = "clone.first-instruction";
@@ -102,14 +118,19 @@ const PAUSE_AGAIN: &str = "clone.pause-again";
 const DEPTH: &str = "clone.depth";
 const HUNDRED: &str = "clone.hundred";
 const MEMORY: &str = "clone.memory";
+const THOUSAND: &str = "clone.thousand";
+const LATER: &str = "clone.thousand-later";
+const OWN: &str = "clone.thousand-own";
 
 const CLONE: &str = "/clone";
 /// What tells a process that waits how much memory its machine will have, in MiB.
-const EXPECTS: &str = "--adopt-mem-mib";
+const EXPECTS: &str = "--expect-mem-mib";
 /// The user and group that jailed VMMs run as.
 const NOBODY: &str = "65534";
 const DEPTHS: [u32; 3] = [1, 10, 50];
 const MANY: u32 = 100;
+/// As many as one request can ask for.
+const MOST: u32 = 1000;
 
 /// All of it.
 pub fn cases(context: &Context) -> Vec<Case<'_>> {
@@ -159,6 +180,11 @@ pub fn cases(context: &Context) -> Vec<Case<'_>> {
             None,
             &[HUNDRED, MEMORY],
             Box::new(move || many(context, side)),
+        );
+        case(
+            None,
+            &[THOUSAND, LATER, OWN],
+            Box::new(move || most(context, side)),
         );
     }
     all
@@ -312,7 +338,10 @@ const RUNS: Duration = Duration::from_millis(50);
 
 /// A machine whose guest has run for a while. What it writes to its console nobody reads.
 fn running(context: &Context, side: &Side, guest: Guest) -> Result<Vmm, Failure> {
-    let mut vmm = Vmm::new(context, side, guest)?;
+    run(Vmm::new(context, side, guest)?)
+}
+
+fn run(mut vmm: Vmm) -> Result<Vmm, Failure> {
     vmm.put("/serial", &json!({ "serial_out_path": "/dev/null" }))?;
     let kernel = vmm.place.machine().kernel;
     vmm.boot(&json!({ "kernel_image_path": kernel }), 128)?;
@@ -500,6 +529,42 @@ fn many(context: &Context, side: &Side) -> Result<Vec<Reading>, Failure> {
         Reading {
             figure: MEMORY,
             value: less / f64::from(MANY),
+        },
+    ])
+}
+
+/// Copies of a machine that is idle, as they are when they have their work done: on a small host a thousand that are busy would
+/// mostly wait for each other.
+fn most(context: &Context, side: &Side) -> Result<Vec<Reading>, Failure> {
+    const PART: usize = 100;
+    // A request that names as many sockets is longer than what is taken by default.
+    let takes = ["--http-api-max-payload-size".into(), (1 << 20).to_string()];
+    let mut parent = run(Vmm::started(context, side, Guest::Idle, &takes)?)?;
+    let children: Result<Vec<Vmm>, Failure> =
+        (0..MOST).map(|_| Vmm::heir(context, side, 128)).collect();
+    let children = children?;
+    let asked = Instant::now();
+    let cloned = parent.clone_into(&children)?;
+    let took = asked.elapsed();
+    let mut ready: Vec<u64> = cloned.children.iter().map(|child| child.ready_us).collect();
+    ready.sort_unstable();
+    let [first, .., last] = ready.chunks_exact(PART).collect::<Vec<_>>()[..] else {
+        return Err(Failure::because("copies are missing from the answer"));
+    };
+    let spread = |part: &[u64]| (part[PART - 1] - part[0]).max(1) as f64;
+    let mut own = 0.0;
+    for child in &children {
+        own += own_beyond_guest(child.running.pid())?;
+    }
+    Ok(vec![
+        Reading::milliseconds(THOUSAND, took),
+        Reading {
+            figure: LATER,
+            value: spread(last) / spread(first),
+        },
+        Reading {
+            figure: OWN,
+            value: own / f64::from(MOST),
         },
     ])
 }

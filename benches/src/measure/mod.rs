@@ -11,6 +11,7 @@ pub mod linux;
 pub mod net;
 pub mod parity;
 mod probe;
+pub mod snapshot;
 pub mod start;
 pub mod unique;
 pub mod vsock;

@@ -120,12 +120,21 @@ fn weigh(
 /// Mappings of at least this are guest memory: no machine here has less, and none of the VMMs maps as much for itself.
 const GUEST_KIB: u64 = 128 << 10;
 
-/// Sums up `Rss` of all mappings of a process but the guest's memory, in KiB.
+/// Resident memory of a process but the guest's, in KiB.
 pub fn resident_beyond_guest(pid: u32) -> Result<f64, Failure> {
+    sum_beyond_guest(pid, &["Rss:"])
+}
+
+/// What of it is this process's alone.
+pub fn own_beyond_guest(pid: u32) -> Result<f64, Failure> {
+    sum_beyond_guest(pid, &["Private_Clean:", "Private_Dirty:"])
+}
+
+fn sum_beyond_guest(pid: u32, fields: &[&str]) -> Result<f64, Failure> {
     let path = format!("/proc/{pid}/smaps");
     let maps = std::fs::read_to_string(&path)
         .map_err(|error| Failure::because(format!("{path}: {error}")))?;
-    match beyond_guest(&maps) {
+    match beyond_guest(&maps, fields) {
         Some(kib) => Ok(kib as f64),
         None => Err(Failure::because(
             "no mapping is as large as the guest's memory",
@@ -133,7 +142,8 @@ pub fn resident_beyond_guest(pid: u32) -> Result<f64, Failure> {
     }
 }
 
-fn beyond_guest(maps: &str) -> Option<u64> {
+/// The sum of these fields of all mappings but the guest's memory (proc_pid_smaps(5)).
+fn beyond_guest(maps: &str, fields: &[&str]) -> Option<u64> {
     let mut guests = 0;
     let mut is_guest = false;
     let mut sum = 0;
@@ -145,8 +155,8 @@ fn beyond_guest(maps: &str) -> Option<u64> {
         if let Some(size) = field("Size:") {
             is_guest = size >= GUEST_KIB;
             guests += u32::from(is_guest);
-        } else if let Some(rss) = field("Rss:").filter(|_| !is_guest) {
-            sum += rss;
+        } else if !is_guest {
+            sum += fields.iter().find_map(|name| field(name)).unwrap_or(0);
         }
     }
     (guests > 0).then_some(sum)
@@ -169,22 +179,29 @@ mod tests {
 Size:             131072 kB
 KernelPageSize:        4 kB
 Rss:                  64 kB
+Private_Dirty:        64 kB
 7f0010000000-7f0010001000 r-xp 00000000 08:01 12 /bin/vmm
 Size:                 40 kB
 Rss:                  24 kB
+Private_Clean:         4 kB
+Private_Dirty:         0 kB
 7f0020000000-7f0020001000 rw-p 00000000 00:00 0 [heap]
 Size:                  8 kB
 Rss:                   8 kB
+Private_Clean:         0 kB
+Private_Dirty:         8 kB
 ";
 
     #[test]
     fn guest_memory_is_not_weighed() {
-        assert_eq!(beyond_guest(MAPS), Some(32));
+        assert_eq!(beyond_guest(MAPS, &["Rss:"]), Some(32));
+        let own = ["Private_Clean:", "Private_Dirty:"];
+        assert_eq!(beyond_guest(MAPS, &own), Some(12));
     }
 
     #[test]
     fn without_guest_memory_nothing_is_said() {
         let rest = MAPS.split_once("/bin/vmm").unwrap().1;
-        assert_eq!(beyond_guest(rest), None);
+        assert_eq!(beyond_guest(rest, &["Rss:"]), None);
     }
 }

@@ -50,7 +50,7 @@ impl Heir {
     /// One that has made itself ready for a machine of `mib` MiB.
     #[track_caller]
     pub fn expecting(id: &str, mib: u64) -> Self {
-        Self::start(id, &["--adopt-mem-mib".as_ref(), mib.to_string().as_ref()])
+        Self::start(id, &["--expect-mem-mib".as_ref(), mib.to_string().as_ref()])
     }
 
     #[track_caller]

@@ -59,6 +59,7 @@ fn main() -> ExitCode {
             test!(a_template_is_cloned_again_and_again),
             test!(what_a_template_is_not_asked_for),
             test!(a_damaged_memory_is_no_template),
+            test!(a_machine_of_another_processor_does_not_run),
             test!(copies_of_a_template_have_drives_of_their_own).needs(PROBE),
             test!(copies_of_a_template_are_told_who_they_are).needs(PROBE),
             test!(a_template_that_is_asked_to_end_leaves_nothing),

@@ -4,6 +4,9 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use lepton_snapshot::Replacement;
+use lepton_snapshot::codec;
+use lepton_snapshot::state_file::{self, Opened};
 use lepton_tests::counting::{check_counts, let_run};
 use lepton_tests::metal::Metal;
 use lepton_tests::{Api, Vmm};
@@ -222,6 +225,39 @@ pub fn a_damaged_memory_is_no_template() {
     let builder = Vmm::builder().arguments(saved.arguments());
     let ended = builder.spawn().wait().expect_code(1);
     assert!(ended.stderr.contains("state"), "{}", ended.stderr);
+}
+
+pub fn a_machine_of_another_processor_does_not_run() {
+    let (saved, _) = Saved::counting(16);
+    to_another_vendor(&saved.state());
+    let said = "the machine was saved on a processor of ";
+    let (_vmm, mut api) = Vmm::quiet();
+    let message = api.refused("PUT", "/snapshot/load", &saved.load().to_string());
+    assert!(message.contains(said), "{message}");
+    // Who keeps it has no KVM to ask. Who gets a copy has.
+    let (_keeper, mut api) = saved.template();
+    let heir = Heir::called("copy");
+    let body = request(&[heir.child()]).to_string();
+    let message = api.refused("PUT", "/clone", &body);
+    assert!(message.contains(said), "{message}");
+}
+
+/// Changes the name of the processor's maker that a state file has.
+fn to_another_vendor(path: &Path) {
+    let Opened {
+        mut state,
+        mut memory,
+    } = state_file::open(path).expect("a state file");
+    // The first letters of the name, as CPUID has them in EBX, and as they are saved.
+    let names = [*b"Genu", *b"Auth"].map(|name| codec::encode(&u32::from_le_bytes(name)));
+    let names = names.map(|bytes| bytes.expect("a number"));
+    let mut places = 0..state.len();
+    let at = places.find(|at| names.iter().any(|name| state[*at..].starts_with(name)));
+    state[at.expect("a maker that KVM runs on")] ^= 1;
+    let memory = memory.leaves().expect("its hashes");
+    let file = Replacement::new(path).expect("a file beside it");
+    state_file::write(&file, &state, &memory, &memory.groups()).expect("room");
+    file.put_in_place().expect("it is ours");
 }
 
 pub fn copies_of_a_template_have_drives_of_their_own() {

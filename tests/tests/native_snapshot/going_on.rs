@@ -1,5 +1,6 @@
 //! Machines that go on elsewhere, with what they had.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 
@@ -30,6 +31,36 @@ pub fn a_guest_goes_on_where_it_was() {
         }
         // Not one tick is lost, and none comes twice.
         assert!(check_counts(&stream) > first + 20);
+    }
+}
+
+/// What is made ready ahead is a machine of one size with one vCPU: others go on all the same.
+pub fn a_guest_goes_on_in_a_process_that_expects_one() {
+    for (vcpus, mib) in [(1, 128), (2, 128), (1, 130)] {
+        let place = Place::new();
+        let (vmm, mut api) = paused(vcpus, mib);
+        api.put("/snapshot/create", &place.create());
+        let mut stream = vmm.terminate().stdout;
+        for verify in [true, false] {
+            let builder = Vmm::builder();
+            // Not on the guest's console.
+            let log = builder.directory().join("log").into_os_string();
+            let told = ["--expect-mem-mib", "128", "--log-path"].map(OsString::from);
+            let vmm = builder.arguments(told).arguments([log]).spawn();
+            let mut api = vmm.api();
+            // A load that fails takes nothing of it.
+            let mut wrong = place.load();
+            wrong["mem_backend"]["backend_path"] = "/no/such/file".into();
+            api.refused("PUT", "/snapshot/load", &wrong.to_string());
+            let mut request = place.load();
+            request["mem_backend"]["verify"] = verify.into();
+            api.put("/snapshot/load", &request);
+            let_run(&mut api);
+            api.reach("Paused");
+            api.put("/snapshot/create", &place.create());
+            stream.extend(vmm.terminate().stdout);
+        }
+        assert!(check_counts(&stream) > 20);
     }
 }
 

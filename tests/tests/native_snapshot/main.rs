@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         &[Need::Kvm],
         [
             test!(a_guest_goes_on_where_it_was).of_every_origin(),
+            test!(a_guest_goes_on_in_a_process_that_expects_one),
             test!(a_guest_goes_on_in_the_process_that_saved_it).of_every_origin(),
             test!(a_saved_machine_has_its_devices).of_every_origin(),
             test!(interfaces_get_other_taps).needs(Need::Root),

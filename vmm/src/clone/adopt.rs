@@ -5,12 +5,10 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use lepton_api::types::HugePages;
-use lepton_devices::Memory;
 use lepton_hostio::listener::{BindError, SocketFile};
 use lepton_hostio::packet::{Packet, PacketListener, PacketSocket};
 use lepton_snapshot::MAX_STATE;
@@ -27,6 +25,7 @@ use crate::kvm::KvmError;
 use crate::machine::restore::RestoreMachineError;
 use crate::machine::state::MachineState;
 use crate::memory::base::{Base, BaseError};
+use crate::memory::place::Place;
 use crate::memory::{self, MemoryError, Origin, Ram};
 use crate::reach::ReachError;
 
@@ -196,6 +195,8 @@ pub struct Adopted {
     pub state: MachineState,
     /// Its memory, which is not mapped yet.
     pub base: Base,
+    /// Whether this host's processor is known to have what it needs.
+    pub has_run_here: bool,
     /// Whether it is to run at once.
     pub resume: bool,
     /// Whether there are no other copies.
@@ -206,16 +207,16 @@ pub struct Adopted {
     pub telling: Option<Telling>,
 }
 
-/// Maps a machine's memory: in `place`, if that is as large. After an error `place` is of no use any more.
-pub fn map(base: Base, shape: Shape, place: Option<Arc<Memory>>) -> Result<Ram, AdoptError> {
-    let bytes = shape.memory.bytes();
-    let fits =
-        |place: &Arc<Memory>| shape.huge_pages == HugePages::None && memory::bytes(place) == bytes;
-    let memory = match place.filter(fits) {
-        Some(place) => place,
-        None => memory::allocate(shape.memory, shape.huge_pages)?,
+/// Maps a machine's memory: in `place`, if that is as large.
+pub fn map(base: Base, shape: Shape, place: Option<Place>) -> Result<Ram, AdoptError> {
+    let memory = match place.filter(|place| place.suits(shape.memory, shape.huge_pages)) {
+        Some(place) => place.fill(&base)?,
+        None => {
+            let memory = memory::allocate(shape.memory, shape.huge_pages)?;
+            base.map(&memory, None)?;
+            memory
+        }
     };
-    base.map(&memory, None)?;
     let ram = Ram::new(memory, Origin::Base(base));
     ram.protect();
     Ok(ram.tracked(shape.track_dirty_pages))
@@ -296,6 +297,7 @@ impl Adoption {
             configuration,
             state,
             base,
+            has_run_here: offer.has_run_here,
             resume: offer.resume,
             alone: offer.alone,
             new_files,

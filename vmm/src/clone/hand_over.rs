@@ -98,6 +98,8 @@ pub struct HandOver {
     pub memory: Frozen,
     /// Its drives.
     pub drives: Vec<SharedDrive>,
+    /// Whether it has run on this host.
+    pub has_run_here: bool,
     /// Whether it keeps a record of written pages.
     pub track_dirty_pages: bool,
 }
@@ -146,6 +148,7 @@ impl HandOver {
                     leftovers,
                 },
             drives,
+            has_run_here,
             track_dirty_pages,
         } = self;
         let machine = Machine {
@@ -157,6 +160,7 @@ impl HandOver {
         let terms = Terms {
             resume: heirs.resume,
             alone: heirs.count() == 1,
+            has_run_here,
             track_dirty_pages,
             patience: heirs.patience,
         };
@@ -250,6 +254,7 @@ fn microseconds(time: Duration) -> u64 {
 struct Terms {
     resume: bool,
     alone: bool,
+    has_run_here: bool,
     track_dirty_pages: bool,
     patience: Duration,
 }
@@ -284,6 +289,7 @@ fn offer(
             resume: terms.resume,
             track_dirty_pages: terms.track_dirty_pages,
             alone: terms.alone,
+            has_run_here: terms.has_run_here,
             drives: parcel.drives.clone(),
             files: files.len() as u32,
             identity: heir.copy.identity.clone(),

@@ -1,6 +1,7 @@
 //! Who gets copies of a machine: processes that wait, each at a socket of its own, or all in a pool.
 
 use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use lepton_api::types::{CloneChild, CloneMachine};
@@ -35,27 +36,28 @@ pub struct Heir {
     pub copy: Differences,
 }
 
-/// The processes that a request names, and which are asked. Dropped, they wait for another machine.
-pub struct Heirs {
+/// The processes that a request names. They know nothing of it yet.
+pub struct Named {
     copies: Vec<Differences>,
-    place: Place,
-    /// Whether the copies are to run at once.
-    pub resume: bool,
+    at: At,
+    resume: bool,
+    /// How long a pool may take.
+    of_pool: Duration,
     /// How long any of them may take.
-    pub patience: Duration,
+    patience: Duration,
 }
 
 /// Where they are.
-enum Place {
-    /// Each at the other end of one of these.
-    Sockets(Vec<PacketSocket>),
-    /// In a pool, which will give them.
-    Pool(Asked),
+enum At {
+    /// Each at one of these sockets.
+    Sockets(Vec<PathBuf>),
+    /// In the pool at this one.
+    Pool(PathBuf),
 }
 
-impl Heirs {
-    /// Connects to all that `request` names. Nothing of this waits for them.
-    pub fn ask(request: &CloneMachine) -> Result<Self, CloneError> {
+impl Named {
+    /// Those of `request`.
+    pub fn of(request: &CloneMachine) -> Result<Self, CloneError> {
         let children = &request.children;
         if children.is_empty() || children.len() > MAX_CHILDREN {
             return Err(CloneError::Count(children.len()));
@@ -78,21 +80,68 @@ impl Heirs {
             }
             copies.push(copy);
         }
-        let place = match &request.pool {
-            None => Place::Sockets(connect(children)?),
+        let at = match &request.pool {
+            None => At::Sockets(sockets(children)?),
             Some(_) if children.iter().any(|child| child.adopt_socket.is_some()) => {
                 return Err(CloneError::Both);
             }
-            Some(pool) => Place::Pool(Asked::new(pool, children.len(), patience)?),
+            Some(pool) => At::Pool(pool.clone()),
         };
-        Ok(Heirs {
+        Ok(Named {
             copies,
-            place,
+            at,
             resume: request.resume_children,
+            of_pool: patience,
             patience: patience + of_guests,
         })
     }
 
+    /// Whether there are so many to connect to that it takes a while.
+    pub fn are_scattered(&self) -> bool {
+        matches!(&self.at, At::Sockets(paths) if paths.len() > 1)
+    }
+
+    /// Connects to all of them. Nothing of this waits for them.
+    pub fn connect(&self) -> Result<Links, CloneError> {
+        Ok(match &self.at {
+            At::Sockets(paths) => {
+                let links = paths.iter().map(|path| connect(path));
+                Links::Direct(links.collect::<Result<_, _>>()?)
+            }
+            At::Pool(path) => Links::Pool(Asked::new(path, self.copies.len(), self.of_pool)?),
+        })
+    }
+
+    /// They, and the connections to them.
+    pub fn with(self, links: Links) -> Heirs {
+        Heirs {
+            copies: self.copies,
+            links,
+            resume: self.resume,
+            patience: self.patience,
+        }
+    }
+}
+
+/// Connections to those that a request names.
+pub enum Links {
+    /// To each one.
+    Direct(Vec<PacketSocket>),
+    /// To a pool, which will give them.
+    Pool(Asked),
+}
+
+/// Those who get copies, and which are asked. Dropped, they wait for another machine.
+pub struct Heirs {
+    copies: Vec<Differences>,
+    links: Links,
+    /// Whether the copies are to run at once.
+    pub resume: bool,
+    /// How long any of them may take.
+    pub patience: Duration,
+}
+
+impl Heirs {
     /// How many they are.
     pub fn count(&self) -> usize {
         self.copies.len()
@@ -100,18 +149,18 @@ impl Heirs {
 
     /// Whether there is one only, and it is there: to give it the machine takes little.
     pub fn is_one_at_hand(&self) -> bool {
-        let at_hand = match &self.place {
-            Place::Sockets(_) => true,
-            Place::Pool(asked) => asked.has_answered(),
+        let at_hand = match &self.links {
+            Links::Direct(_) => true,
+            Links::Pool(asked) => asked.has_answered(),
         };
         self.count() == 1 && at_hand
     }
 
     /// Waits until a pool has given all, which takes a while if it has to start some: not for the event loop.
     pub fn gather(self) -> Result<(Vec<Heir>, Option<Taken>), CloneError> {
-        let (sockets, taken) = match self.place {
-            Place::Sockets(sockets) => (sockets, None),
-            Place::Pool(asked) => {
+        let (sockets, taken) = match self.links {
+            Links::Direct(sockets) => (sockets, None),
+            Links::Pool(asked) => {
                 let (sockets, taken) = asked.wait()?;
                 (sockets, Some(taken))
             }
@@ -134,19 +183,22 @@ fn differences(index: usize, child: &CloneChild) -> Differences {
     }
 }
 
-fn connect(children: &[CloneChild]) -> Result<Vec<PacketSocket>, CloneError> {
+fn sockets(children: &[CloneChild]) -> Result<Vec<PathBuf>, CloneError> {
     let mut seen = BTreeSet::new();
-    let mut sockets = Vec::with_capacity(children.len());
+    let mut paths = Vec::with_capacity(children.len());
     for child in children {
         let path = child.adopt_socket.as_ref().ok_or(CloneError::Neither)?;
         if !seen.insert(path) {
             return Err(CloneError::Twice(path.clone()));
         }
-        let socket = PacketSocket::connect(path).map_err(|source| CloneError::Connect {
-            path: path.clone(),
-            source,
-        })?;
-        sockets.push(socket);
+        paths.push(path.clone());
     }
-    Ok(sockets)
+    Ok(paths)
+}
+
+fn connect(path: &Path) -> Result<PacketSocket, CloneError> {
+    PacketSocket::connect(path).map_err(|source| CloneError::Connect {
+        path: path.to_owned(),
+        source,
+    })
 }

@@ -12,7 +12,7 @@ use crate::machine::state::MachineState;
 use crate::memory::base::Extent;
 
 /// Version of all of this. Both sides have the same.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 /// Most bytes of a message.
 pub const MAX_MESSAGE: usize = 64 << 10;
 /// How long one side waits for the other.
@@ -40,6 +40,8 @@ pub struct Offer {
     pub resume: bool,
     /// Whether a record of written pages is kept, as the machine does.
     pub track_dirty_pages: bool,
+    /// Whether the machine has run on this host: then its processor has what the machine needs.
+    pub has_run_here: bool,
     /// Whether there are no other copies to wait for: then there is no last word either.
     pub alone: bool,
     /// Drives that are open already. Their descriptors come behind those of memory.

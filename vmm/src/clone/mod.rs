@@ -2,15 +2,18 @@
 //!
 //! ```text
 //!  the machine's process                              a process started with --adopt
+//!  pause; while the vCPUs come out of the guest
 //!  connect, or ask a pool ------------------------->  accept
-//!  pause, save, freeze memory, go on
+//!  save, freeze memory
 //!  Offer, descriptors     ------------------------->  check, open devices, map memory, restore
+//!  go on
 //!                         <-------------------------  Ready, or Refused (and waits for another)
 //!  all are ready: go      ------------------------->  the machine runs
 //!  else: close            ------------------------->  end
 //! ```
 //!
-//! All but the pause happens in a thread of its own: the machine's devices wait for nobody. One copy alone need not wait for the last word.
+//! Nothing waits for another process but a thread of its own. Many are connected to before the pause, and get their offers from
+//! that thread. One copy alone need not wait for the last word.
 //!
 //! One message each, over a socket of type SOCK_SEQPACKET; only the offer may have others behind it, with the descriptors
 //! that one message has no room for. With the offer go descriptors: of the state, encoded as in a snapshot, of the files
@@ -29,5 +32,5 @@ mod template;
 pub use adopt::{AdoptError, Adopter, Adoption, Source, map};
 pub use drives::{NewFiles, wanted as wanted_drives};
 pub use hand_over::{CloneError, Finished, HandOver, Offered, Pause};
-pub use heirs::Heirs;
+pub use heirs::Named;
 pub use template::{Template, TemplateError};

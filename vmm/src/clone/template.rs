@@ -13,7 +13,7 @@ use lepton_hostio::file::{DiskOpenError, open_disk};
 
 use super::drives::wanted;
 use super::hand_over::{CloneError, HandOver};
-use super::heirs::Heirs;
+use super::heirs::Named;
 use crate::config::Configuration;
 use crate::config::devices::sharing::{SharedDrive, SharedFiles, beside};
 use crate::config::saved::{SavedDrive, SavedOverlay};
@@ -76,7 +76,9 @@ impl Template {
     pub fn hand_over(&self, request: &CloneMachine) -> Result<HandOver, CloneError> {
         let configured: Vec<Drive> = self.state.config.drives.iter().map(Drive::from).collect();
         let wanted = wanted(request, configured.iter())?;
-        let heirs = Heirs::ask(request)?;
+        let named = Named::of(request)?;
+        let links = named.connect()?;
+        let heirs = named.with(links);
         let drives = self.drives.iter();
         let drives: io::Result<_> = drives
             .filter(|drive| wanted.contains(&drive.drive_id))
@@ -92,6 +94,8 @@ impl Template {
                 leftovers: Vec::new(),
             },
             drives: drives?,
+            // Perhaps it has, and perhaps on another processor.
+            has_run_here: false,
             track_dirty_pages: false,
         })
     }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use lepton_api::types::{CloneMachine, HugePages};
+use lepton_api::types::CloneMachine;
 use lepton_api::{Action, Fault, Reply};
 
 use super::dispatch::{Controller, Next, console_of, refused};
@@ -12,7 +12,7 @@ use super::held::{Held, Waiting};
 use super::phase::Phase;
 use super::policy::Stage;
 use crate::clone::{
-    self, AdoptError, Adoption, CloneError, Finished, HandOver, Heirs, NewFiles, Offered, Pause,
+    self, AdoptError, Adoption, CloneError, Finished, HandOver, Named, NewFiles, Offered, Pause,
 };
 use crate::config::Configuration;
 use crate::config::devices::sharing::SharedDrive;
@@ -24,9 +24,7 @@ use crate::kvm::Hypervisor;
 use crate::machine::Paused;
 use crate::machine::restore::{self, Restoration};
 use crate::machine::state::MachineState;
-use crate::memory;
 use crate::memory::freeze::Frozen;
-use crate::vcpu::Standby;
 use crate::vcpu::state::Saveable;
 
 fn fault(error: CloneError) -> Fault {
@@ -85,13 +83,15 @@ impl Controller {
     ) -> Result<(), CloneError> {
         if let Phase::Template(template) = &self.phase {
             let hand_over = template.hand_over(request)?;
-            Courier::start(answer.clone())?
-                .take(Errand::Offer(Box::new(hand_over)))
-                .tell(Pause::none());
+            Courier::start(Errand::Offer(Box::new(hand_over)), answer.clone())?.tell(Pause::none());
             return Ok(());
         }
         let drives = clone::wanted_drives(request, self.configuration.devices.drives())?;
-        let heirs = Heirs::ask(request)?;
+        let named = Named::of(request)?;
+        let early = match named.are_scattered() {
+            true => Some(named.connect()?),
+            false => None,
+        };
         let saveable = match self.saveable.take() {
             Some(known) => known,
             None => Hypervisor::open()?.saveable()?,
@@ -108,47 +108,51 @@ impl Controller {
         };
         let started = Instant::now();
         let phase = std::mem::replace(&mut self.phase, Phase::Configuring);
-        let (mut paused, courier, runs) = match phase {
+        // What takes no longer than the vCPUs need to come out of the guest is done meanwhile.
+        let connect = || early.map_or_else(|| named.connect(), Ok);
+        let (mut paused, links, runs) = match phase {
             Phase::Running(running) => {
                 let stopping = running.stop();
-                // While the vCPUs come out of the guest. A thread that is started when they run again may be put behind
-                // one of them, and wait until that has been on its processor for a while.
-                let courier = Courier::start(answer.clone());
+                let links = connect();
                 let (paused, still) = stopping.wait();
-                (paused, still.map_err(CloneError::Pause).and(courier), true)
+                (paused, still.map_err(CloneError::Pause).and(links), true)
             }
-            Phase::Paused(paused) => (paused, Courier::start(answer.clone()), false),
+            Phase::Paused(paused) => (paused, connect(), false),
             // The policy has refused before.
             phase @ (Phase::Configuring | Phase::Template(_)) => {
                 self.phase = phase;
                 return Err(CloneError::Count(0));
             }
         };
-        let copies = heirs.count();
-        let taken = courier.and_then(|courier| {
+        let taken = links.and_then(|links| {
+            let heirs = named.with(links);
             let (state, mut memory, drives) = take(&mut paused, configuration, &order)?;
             memory.leftovers.extend(parted);
+            let copies = heirs.count();
             let copied = memory.copied;
             let hand_over = HandOver {
                 heirs,
                 state,
                 memory,
                 drives,
+                has_run_here: true,
                 track_dirty_pages: configuration.shape().track_dirty_pages,
             };
             // A copy that has the machine before it before the vCPUs run again comes to a processor before they do. To hand it
-            // to another thread first takes longer than to give it to one copy.
-            let under_way = match hand_over.heirs.is_one_at_hand() {
-                true => courier.take(Errand::Finish(hand_over.offer())),
+            // to another thread first takes longer than to give it to one copy. That thread, too, is started before they run: after
+            // it, it may be put behind one of them, and wait until that has been on its processor for a while.
+            let courier = match hand_over.heirs.is_one_at_hand() {
+                true => Courier::start(Errand::Finish(hand_over.offer()), answer.clone())?,
                 false => {
-                    let under_way = courier.take(Errand::Offer(Box::new(hand_over)));
+                    let courier =
+                        Courier::start(Errand::Offer(Box::new(hand_over)), answer.clone())?;
                     if runs {
-                        under_way.wait_until_offered();
+                        courier.wait_until_offered();
                     }
-                    under_way
+                    courier
                 }
             };
-            Ok((under_way, copied))
+            Ok((courier, copies, copied))
         });
         self.phase = match runs {
             true => Phase::Running(paused.resume()),
@@ -156,12 +160,12 @@ impl Controller {
         };
         let pause = Pause::since(started);
         self.saveable = Some(saveable);
-        let (under_way, copied) = taken?;
+        let (courier, copies, copied) = taken?;
         log::info!(
             "machine cloned for {copies} processes; it stood still for {:?}, in which {copied} bytes of memory were copied",
             pause.length
         );
-        under_way.tell(pause);
+        courier.tell(pause);
         Ok(())
     }
 
@@ -184,7 +188,7 @@ impl Controller {
                 adoption.refuse(&error);
                 // What has a machine expects no other.
                 if self.stage() == Stage::Fresh && self.hypervisor.is_none() {
-                    self.expect_offers();
+                    self.expect_machine(events);
                 }
                 return Next::Continue;
             }
@@ -237,12 +241,12 @@ impl Controller {
         // Most of what can be refused is refused while what is ready for the next offer is still ready: to let go of that
         // takes many grace periods of the host's kernel, a second each where the host is busy, and the answer waits.
         let mut adopted = adoption.take(&self.options.entropy)?;
-        // If this fails it is lost: a machine's memory may lie where the next one's would.
-        let hypervisor = match self.hypervisor.take() {
-            Some(ready) => ready,
-            None => Hypervisor::open()?,
-        };
-        let place = hypervisor.prepared_memory();
+        // To ask takes as long as all the rest on a host that is itself a guest. KVM takes any CPUID: if it is not true that the
+        // machine has run here, it is the guest that fails.
+        if !adopted.has_run_here {
+            self.check_processor(&adopted.state)?;
+        }
+        let place = self.place();
         let ram = clone::map(adopted.base, adopted.configuration.shape(), place)?;
         adopted.configuration.serial = self.configuration.serial.clone();
         let (console, room) = console_of(&adopted.configuration.serial)?;
@@ -255,6 +259,8 @@ impl Controller {
             clock_catches_up: true,
             generation: self.options.entropy.generation,
         };
+        // If this fails it is lost: a machine's memory may lie where the next one's would.
+        let hypervisor = self.take_hypervisor()?;
         let built = restore::restore(&hypervisor, restoration, self.surroundings())?;
         self.configuration = adopted.configuration;
         self.give_up_files(self.reach())?;
@@ -266,32 +272,12 @@ impl Controller {
             telling: adopted.telling,
         })
     }
-
-    /// Makes KVM ready for a machine that will be offered. What fails is tried again when it is needed, and told then.
-    pub fn expect_offers(&mut self) {
-        let Ok(hypervisor) = Hypervisor::open() else {
-            return;
-        };
-        let size = self.options.adopt_memory;
-        if self.standby.is_none() {
-            let confine = self.options.confine_vcpu.clone();
-            self.standby = Standby::start(0, move || confine()).ok();
-        }
-        match size.and_then(|size| memory::allocate(size, HugePages::None).ok()) {
-            Some(place) => hypervisor.prepare_with(place, |vcpu| match &self.standby {
-                Some(standby) => standby.enter(vcpu),
-                None => Some(vcpu),
-            }),
-            None => hypervisor.prepare(),
-        }
-        self.hypervisor = Some(hypervisor);
-    }
 }
 
-/// A thread that brings machines to their copies, and waits for one.
+/// A thread that brings a machine to its copies, and waits for their answers.
 struct Courier {
-    errands: SyncSender<Errand>,
-    under_way: UnderWay,
+    pauses: SyncSender<Pause>,
+    offered: Receiver<()>,
 }
 
 enum Errand {
@@ -301,60 +287,40 @@ enum Errand {
     Finish(Offered),
 }
 
-/// One that has its machine.
-struct UnderWay {
-    pauses: SyncSender<Pause>,
-    offered: Receiver<()>,
-}
-
 /// How much longer a machine stands still at most so that its copies come to a processor before its vCPUs do, which may
 /// keep it for the rest of a tick of the host's clock: 4 ms where there are 250 in a second. Where processors are free the offer
 /// takes less.
 const HEAD_START: Duration = Duration::from_micros(250);
 
 impl Courier {
-    /// Starts it. It tells `answer` what came of it, if it gets a machine.
-    fn start(answer: SyncSender<Result<Reply, Fault>>) -> Result<Self, CloneError> {
-        let (errands, taken) = sync_channel(1);
+    /// Sends it off. It tells `answer` what came of it.
+    fn start(errand: Errand, answer: SyncSender<Result<Reply, Fault>>) -> Result<Self, CloneError> {
         let (pauses, told) = sync_channel(1);
         let (offers, offered) = sync_channel(1);
         std::thread::Builder::new()
             .name("clone".into())
             .stack_size(256 << 10)
             .spawn(move || {
-                // Else it was refused.
-                if let Ok(errand) = taken.recv() {
-                    let offered = match errand {
-                        Errand::Finish(offered) => offered,
-                        Errand::Offer(hand_over) => {
-                            let offered = hand_over.offer();
-                            // Who waited may be busy with something else by now.
-                            let _ = offers.try_send(());
-                            offered
-                        }
-                    };
-                    let Finished { result, leftovers } = offered.finish(&told);
-                    match result {
-                        // A client that is gone needs no answer.
-                        Ok(cloned) => drop(answer.send(Reply::json(&cloned))),
-                        Err(error) => refuse(&answer, fault(error)),
+                let offered = match errand {
+                    Errand::Finish(offered) => offered,
+                    Errand::Offer(hand_over) => {
+                        let offered = hand_over.offer();
+                        // Who waited may be busy with something else by now.
+                        let _ = offers.try_send(());
+                        offered
                     }
-                    drop(leftovers);
+                };
+                let Finished { result, leftovers } = offered.finish(&told);
+                match result {
+                    // A client that is gone needs no answer.
+                    Ok(cloned) => drop(answer.send(Reply::json(&cloned))),
+                    Err(error) => refuse(&answer, fault(error)),
                 }
+                drop(leftovers);
             })?;
-        let under_way = UnderWay { pauses, offered };
-        Ok(Courier { errands, under_way })
+        Ok(Courier { pauses, offered })
     }
 
-    /// Sends it off.
-    fn take(self, errand: Errand) -> UnderWay {
-        // It waits for it.
-        drop(self.errands.send(errand));
-        self.under_way
-    }
-}
-
-impl UnderWay {
     /// Waits until the copies have the machine before them, if that does not take long: a pool may have to start them.
     fn wait_until_offered(&self) {
         // If it has failed it will say so.

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use event_manager::SubscriberOps;
 use lepton_api::types::{
@@ -21,12 +22,13 @@ use crate::events::Loop;
 use crate::exit::ExitCode;
 use crate::identity::Entropy;
 use crate::kvm::{self, Hypervisor};
+use crate::later::Later;
 use crate::machine::Paused;
 use crate::machine::build::{self, Blueprint, BuildError, Built, Console, Surroundings};
 use crate::memory::MemorySize;
-use crate::memory::small_pages::SmallPages;
+use crate::memory::small_pages::{self, SmallPages};
 use crate::metrics::{Counted, Metrics};
-use crate::process::{self, LetGoSoon};
+use crate::process;
 use crate::reach::{Reach, ReachError, Within};
 use crate::vcpu::state::Saveable;
 use crate::vcpu::{Standby, Stop};
@@ -49,7 +51,7 @@ pub struct Options {
     /// Where requests may open files once the machine was started: `--allow-path`.
     pub allow_path: Vec<PathBuf>,
     /// Memory of the machine that this process will be offered, if that is known: `--adopt-mem-mib`.
-    pub adopt_memory: Option<MemorySize>,
+    pub expected_memory: Option<MemorySize>,
     /// The process's own sockets: the API's, and that of `--adopt`.
     pub sockets: Vec<PathBuf>,
 }
@@ -98,6 +100,10 @@ pub struct Controller {
 pub(super) fn refused(error: impl std::fmt::Display) -> Fault {
     Fault::bad_request(error.to_string())
 }
+
+/// How long a machine that came from elsewhere runs before the code that made it is let go. Its vCPUs need code on their way
+/// into the guest, and would have to map it again.
+const UNDER_WAY: Duration = Duration::from_millis(100);
 
 impl Controller {
     /// A controller of a machine about which nothing is known yet.
@@ -164,20 +170,10 @@ impl Controller {
                 self.flush_metrics();
                 Next::Continue
             }
-        }
-    }
-
-    /// Makes KVM ready for a cold boot, if one is to come, while the client prepares its next request. A KVM that cannot
-    /// be had is an error of the start.
-    fn prepare(&mut self) {
-        let will_boot = self.phase.stage() == Stage::Configuring;
-        if will_boot
-            && self.configuration.has_boot_source()
-            && self.hypervisor.is_none()
-            && let Ok(hypervisor) = Hypervisor::open()
-        {
-            hypervisor.prepare();
-            self.hypervisor = Some(hypervisor);
+            Message::NothingYet => {
+                self.prepare();
+                Next::Continue
+            }
         }
     }
 
@@ -355,7 +351,8 @@ impl Controller {
         let built = build::build(&hypervisor, blueprint, around)?;
         self.give_up_files(self.reach())?;
         if let Some(small_pages) = small_pages {
-            events.add_subscriber(Box::new(small_pages));
+            let boot_is_over = Later::after(small_pages::BOOT, move || drop(small_pages))?;
+            events.add_subscriber(Box::new(boot_is_over));
         }
         let paused = self.adopt(built, room, events);
         self.phase = Phase::Running(paused.resume());
@@ -374,7 +371,7 @@ impl Controller {
 
     /// Lets go of the code that made a machine of another one, once it runs. It may be paused: what runs again is mapped again.
     pub(super) fn let_go_of_code_soon(&self, events: &mut Loop) {
-        match LetGoSoon::begin() {
+        match Later::after(UNDER_WAY, process::let_go_of_code) {
             Ok(soon) => drop(events.add_subscriber(Box::new(soon))),
             Err(error) => log::warn!("code stays in memory: {error}"),
         }

@@ -25,6 +25,8 @@ pub enum Message {
     },
     /// A machine is offered to this process.
     Offer(Adoption),
+    /// There was nothing to do for a while since the process waits for a machine.
+    NothingYet,
     /// The machine's guest has taken on who it is, or has not.
     Identified(Result<(), IdentityError>),
     /// The machine stopped by itself.

@@ -6,6 +6,7 @@ mod held;
 mod mailbox;
 mod phase;
 pub mod policy;
+mod ready;
 mod snapshot;
 mod telemetry;
 

@@ -13,7 +13,6 @@ use crate::clone::{Template, TemplateError};
 use crate::config::saved::{Overrides, SavedConfig};
 use crate::events::Loop;
 use crate::identity::{Identity, Wanted};
-use crate::kvm::Hypervisor;
 use crate::machine::restore::{self, Restoration};
 use crate::memory::pager::PageError;
 use crate::reach::folder_of;
@@ -106,7 +105,8 @@ impl Controller {
         let around = self.surroundings();
         let stopped = around.stopped.clone();
         let failed = move |error: PageError| stopped(Stop::Failed(error.to_string()));
-        let (state, ram) = saved.map(&Backend::try_from(request)?, &configuration, failed)?;
+        let backend = Backend::try_from(request)?;
+        let (state, ram) = saved.map(&backend, &configuration, self.place(), failed)?;
         log::debug!("memory mapped");
         configuration.serial = self.configuration.serial.clone();
         let (console, room) = console_of(&configuration.serial)?;
@@ -120,7 +120,9 @@ impl Controller {
             clock_catches_up: request.clock_realtime || telling.is_some(),
             generation: self.options.entropy.generation,
         };
-        let built = restore::restore(&Hypervisor::open()?, restoration, around)?;
+        self.check_processor(&state)?;
+        let hypervisor = self.take_hypervisor()?;
+        let built = restore::restore(&hypervisor, restoration, around)?;
         self.configuration = configuration;
         let mut reach = self.reach();
         // The next snapshot, as a rule.

@@ -1,7 +1,7 @@
 //! Every ioctl on KVM and on a virtual machine.
 #![allow(unsafe_code)] // handing memory to KVM
 
-use std::cell::{Cell, OnceCell, RefCell};
+use std::cell::{Cell, RefCell};
 use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
 use std::sync::{Arc, Barrier, OnceLock};
 use std::thread;
@@ -23,8 +23,9 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::arch::x86_64::cpuid::{self, Topology};
 use crate::arch::x86_64::layout;
 use crate::clock::time_on;
+use crate::memory::place::Place;
 use crate::reach;
-use crate::vcpu::state::{self, CpuidLeaf, Fresh, Saveable};
+use crate::vcpu::state::{self, CpuidLeaf, Fresh, Saveable, VcpuState};
 
 const API_VERSION: i32 = 12;
 
@@ -62,26 +63,29 @@ pub struct Hypervisor {
     kvm: Arc<Kvm>,
     /// A machine that was made ahead.
     ahead: RefCell<Option<Ahead>>,
-    /// What was asked for ahead.
-    cpuid: OnceCell<CpuId>,
 }
 
 /// How far a machine is that was made ahead.
 enum Ahead {
     /// Nothing was given to it yet.
     Blank(VmFd),
-    /// It has this memory, and its first vCPU.
-    Fitted(Arc<Memory>, Vm),
+    /// It has the memory that will be at this place, and its first vCPU.
+    Fitted(Place, Vm),
 }
 
 impl Ahead {
     fn suits(&self, memory: &Memory, track_dirty: bool) -> bool {
         match self {
             Ahead::Blank(_) => true,
-            Ahead::Fitted(has, _) => std::ptr::eq(&raw const **has, memory) && !track_dirty,
+            Ahead::Fitted(place, _) => {
+                std::ptr::eq(&raw const **place.memory(), memory) && !track_dirty
+            }
         }
     }
 }
+
+/// What [`Hypervisor::supported_cpuid`] was told. It stays the same as long as the host runs.
+static SUPPORTED: OnceLock<CpuId> = OnceLock::new();
 
 /// What [`use_descriptor`] was given.
 static HANDED: OnceLock<Arc<Kvm>> = OnceLock::new();
@@ -97,6 +101,16 @@ pub fn use_descriptor(number: RawFd) -> Result<(), KvmError> {
     }
     HANDED.get_or_init(|| Arc::new(kvm));
     Ok(())
+}
+
+/// Asks for [`Hypervisor::supported_cpuid`], if nobody has, and closes KVM again: there may never be a machine. What fails is told
+/// when it is needed.
+pub fn ask_for_cpuid() {
+    if SUPPORTED.get().is_none()
+        && let Ok(hypervisor) = Hypervisor::open()
+    {
+        let _ = hypervisor.supported_cpuid();
+    }
 }
 
 impl Hypervisor {
@@ -123,50 +137,63 @@ impl Hypervisor {
         Ok(Hypervisor {
             kvm,
             ahead: RefCell::new(None),
-            cpuid: OnceCell::new(),
         })
     }
 
     /// Does ahead of time what depends on nothing that is configured. What fails is tried again when it is needed, and
     /// told then.
     pub fn prepare(&self) {
+        if self.ahead.borrow().is_some() {
+            return;
+        }
         let blank = self.while_asked_for_cpuid(|| self.kvm.create_vm().ok());
         self.ahead.replace(blank.map(Ahead::Blank));
     }
 
-    /// The same for a machine that will have `memory`, whatever is mapped there by then: a slot for memory that is set some
-    /// time after KVM_CREATE_VM costs a grace period too. With its only vCPU, which `enter` has been in and out of, and no record
-    /// of written pages.
-    pub fn prepare_with(&self, memory: Arc<Memory>, enter: impl FnOnce(VcpuFd) -> Option<VcpuFd>) {
-        let fitted = self.while_asked_for_cpuid(|| {
-            let vm = fit(self.new_vm()?, &memory, false)?;
-            let vcpu = vm.create_vcpu(0)?;
-            Ok::<_, KvmError>((vm, vcpu))
+    /// The same for a machine whose memory will be at `place`: a slot for memory that is set some time after KVM_CREATE_VM costs
+    /// a grace period too. With its only vCPU, which `enter` has been in and out of, and no record of written pages.
+    pub fn prepare_with(&self, place: Place, enter: impl FnOnce(VcpuFd) -> Option<VcpuFd>) {
+        let fitted = || {
+            let vm = fit(self.new_vm().ok()?, place.memory(), false).ok()?;
+            let fd = enter(vm.create_vcpu(0).ok()?.fd)?;
+            vm.first.set(Some(Fresh { fd, has: None }));
+            Some(vm)
+        };
+        let vm = fitted();
+        self.ahead.replace(vm.map(|vm| Ahead::Fitted(place, vm)));
+    }
+
+    /// Asks for [`Self::supported_cpuid`]. Gives it to the vCPU of [`Self::prepare_with`], as it will have it unless a template says
+    /// other, and looks up what that has then: that need not be set again. What fails is left as it was.
+    pub fn prepare_vcpu(&self) {
+        let _ = self.supported_cpuid();
+        let ahead = self.ahead.borrow();
+        let Some(Ahead::Fitted(_, vm)) = &*ahead else {
+            return;
+        };
+        let first = vm.first.take().map(|Fresh { fd, has }| Fresh {
+            has: has.or_else(|| self.with_cpuid(&fd).map(Box::new)),
+            fd,
         });
-        let ahead = fitted.ok().and_then(|(vm, Fresh { fd, .. })| {
-            // What it will have, unless a template says other.
-            let only = Topology {
-                vcpus: 1,
-                threads: 1,
-            };
-            let supported = self.supported_cpuid().ok()?;
-            let cpuid = cpuid::for_vcpu(supported, only, 0, self.has_tsc_deadline());
-            fd.set_cpuid2(&cpuid).ok()?;
-            let leaves: Vec<_> = cpuid.as_slice().iter().map(CpuidLeaf::from).collect();
-            let fd = enter(fd)?;
-            let has = state::save(&fd, &leaves, &self.restorable())
-                .ok()
-                .map(Box::new);
-            vm.first.set(Some(Fresh { fd, has }));
-            Some(Ahead::Fitted(memory, vm))
-        });
-        self.ahead.replace(ahead);
+        vm.first.set(first);
+    }
+
+    fn with_cpuid(&self, vcpu: &VcpuFd) -> Option<VcpuState> {
+        let only = Topology {
+            vcpus: 1,
+            threads: 1,
+        };
+        let supported = self.supported_cpuid().ok()?;
+        let cpuid = cpuid::for_vcpu(supported, only, 0, self.has_tsc_deadline());
+        vcpu.set_cpuid2(&cpuid).ok()?;
+        let leaves: Vec<_> = cpuid.as_slice().iter().map(CpuidLeaf::from).collect();
+        state::save(vcpu, &leaves, &self.restorable()).ok()
     }
 
     /// What [`Self::prepare_with`] was given, if that machine is still to be had.
-    pub fn prepared_memory(&self) -> Option<Arc<Memory>> {
+    pub fn prepared_place(&self) -> Option<Place> {
         match &*self.ahead.borrow() {
-            Some(Ahead::Fitted(memory, _)) => Some(memory.clone()),
+            Some(Ahead::Fitted(place, _)) => Some(place.clone()),
             Some(Ahead::Blank(_)) | None => None,
         }
     }
@@ -182,7 +209,7 @@ impl Hypervisor {
     /// Both meet before they begin: the kernel starts a thread where its parent runs, more often than not, but whom it wakes it
     /// puts where nobody runs.
     pub fn while_asked_for_cpuid<T>(&self, work: impl FnOnce() -> T) -> T {
-        if self.cpuid.get().is_some() {
+        if SUPPORTED.get().is_some() {
             return work();
         }
         let kvm = &*self.kvm;
@@ -203,22 +230,22 @@ impl Hypervisor {
             if let Ok(asking) = asking
                 && let Ok(Some(cpuid)) = asking.join()
             {
-                self.cpuid.get_or_init(|| cpuid);
+                SUPPORTED.get_or_init(|| cpuid);
             }
             done
         })
     }
 
-    /// CPUID that KVM can give a guest on this host. Slow on a host that is itself a guest.
+    /// CPUID that KVM can give a guest on this host. Asked once; slow on a host that is itself a guest.
     pub fn supported_cpuid(&self) -> Result<&CpuId, KvmError> {
-        if let Some(cpuid) = self.cpuid.get() {
+        if let Some(cpuid) = SUPPORTED.get() {
             return Ok(cpuid);
         }
         let cpuid = call(
             "KVM_GET_SUPPORTED_CPUID",
             self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES),
         )?;
-        Ok(self.cpuid.get_or_init(|| cpuid))
+        Ok(SUPPORTED.get_or_init(|| cpuid))
     }
 
     /// Whether KVM emulates the local APIC's deadline timer.
@@ -288,7 +315,7 @@ fn fit(fd: VmFd, memory: &Memory, track_dirty: bool) -> Result<Vm, KvmError> {
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
         };
-        // SAFETY: the range is a mapping that `region` owns, slots do not overlap because regions do not, and
+        // SAFETY: the range is `region`'s: a mapping, or addresses kept for one ([`Place`]). Slots do not overlap because regions do not, and
         // `Machine` (before it, `Ahead`) keeps the memory until every vCPU of this VM has stopped.
         let set = unsafe { fd.set_user_memory_region(slot_bytes) };
         call("KVM_SET_USER_MEMORY_REGION", set)?;

@@ -132,9 +132,8 @@ pub fn assemble(parts: Parts, around: Surroundings) -> Result<Built, AssembleErr
             Some(ready) => Ok(ready),
             None => Standby::start(id, move || confine()),
         };
-        let thread = thread.and_then(|ready| ready.run(fd, shared.clone()));
         let thread = thread.map_err(|source| AssembleError::Thread { id, source })?;
-        machine.vcpus.push(thread);
+        machine.vcpus.push(thread.of(fd, shared.clone()));
         machine.cpuid.push(cpuid);
     }
     Ok(Built {

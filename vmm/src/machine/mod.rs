@@ -175,10 +175,11 @@ impl Paused {
 
     /// Lets devices and vCPUs go on.
     pub fn resume(self) -> Running {
-        let machine = self.0;
+        let mut machine = self.0;
         machine.devices_paused.set(false);
         machine.wakers.iter().for_each(Waker::wake);
         machine.gate.order(Order::Run);
+        machine.vcpus.iter_mut().for_each(VcpuThread::start);
         Running(machine)
     }
 }

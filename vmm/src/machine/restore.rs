@@ -17,6 +17,7 @@ use super::generation::Generation;
 use super::state::MachineState;
 use crate::arch::x86_64::compatible::{self, Incompatible};
 use crate::arch::x86_64::layout;
+use crate::arch::x86_64::paging::Fetch;
 use crate::events::DevicesPaused;
 use crate::kvm::{Hypervisor, KvmError};
 use crate::memory::Ram;
@@ -41,6 +42,8 @@ pub enum RestoreMachineError {
         what: &'static str,
         source: RestoreError,
     },
+    #[error("pager: {0}")]
+    Pager(std::io::Error),
     #[error("generation ID: {0}")]
     Generation(#[from] GuestMemoryError),
     #[error("the state has {saved} {what}, its configuration {configured}")]
@@ -69,7 +72,20 @@ pub struct Restoration<'a> {
     pub generation: Generation,
 }
 
-/// Restores a machine. Nothing of it runs or is reachable yet if this fails.
+/// Whether this host's processor has what a machine needs that may have run on another.
+pub fn check_processor(
+    hypervisor: &Hypervisor,
+    state: &MachineState,
+) -> Result<(), RestoreMachineError> {
+    let supported = hypervisor.supported_cpuid()?;
+    for vcpu in &state.vcpus {
+        compatible::check(&vcpu.cpuid, supported)?;
+    }
+    log::debug!("processor is compatible");
+    Ok(())
+}
+
+/// Restores a machine, whose processor was checked if need be. Nothing of it runs or is reachable yet if this fails.
 pub fn restore(
     hypervisor: &Hypervisor,
     restoration: Restoration<'_>,
@@ -78,20 +94,18 @@ pub fn restore(
     let Restoration {
         state,
         vcpus,
-        ram,
+        mut ram,
         devices,
         console,
         clock_catches_up,
         generation,
     } = restoration;
     check_counts(state, vcpus, devices.len())?;
-    let supported = hypervisor.supported_cpuid()?;
-    for vcpu in &state.vcpus {
-        compatible::check(&vcpu.cpuid, supported)?;
-    }
-    log::debug!("processor is compatible");
     // Before anything touches memory.
     generation.write(&ram)?;
+    let boot = state.vcpus.first();
+    let fetch = boot.and_then(|vcpu| Fetch::next(&vcpu.regs, &vcpu.sregs));
+    ram.serve(fetch).map_err(RestoreMachineError::Pager)?;
     let vm = hypervisor.create_vm(&ram.memory, ram.tracking.is_some())?;
     let legacy = |what| move |source| RestoreMachineError::Legacy { what, source };
     let pins = layout::VIRTIO_IRQ as usize + devices.len();

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -262,6 +262,12 @@ impl Base {
         }
     }
 
+    /// Whether there are parts of memory that are in none of its files.
+    pub fn has_gaps(&self) -> bool {
+        let there: u64 = self.extents.iter().map(|extent| extent.bytes).sum();
+        there < self.bytes
+    }
+
     /// Whether all but the largest of its files should be put into one, so that the next delta has room.
     pub fn is_full(&self) -> bool {
         self.files.len() >= MAX_FILES
@@ -324,13 +330,13 @@ impl Base {
     }
 }
 
-/// Puts a file that is all of memory under `memory`: what is written there goes to the file.
+/// Puts a file that is all of memory under `memory`.
 ///
 /// Nobody may use the memory meanwhile.
-pub fn share(memory: &Memory, file: &File) -> io::Result<()> {
+pub fn map_file(memory: &Memory, file: &File, sharing: Sharing) -> io::Result<()> {
     for part in Places::new(memory).all() {
         // SAFETY: the place is a mapping of guest memory, to which there are no references.
-        unsafe { map_over(part.host, part.bytes, file, part.at, Sharing::Shared) }?;
+        unsafe { map_over(part.host, part.bytes, file, part.at, sharing) }?;
     }
     Ok(())
 }
@@ -397,7 +403,7 @@ pub enum Sharing {
 /// Maps a part of a file over what is at an address.
 ///
 /// # Safety
-/// The addresses belong to a mapping of guest memory, and nobody has a reference into it.
+/// The addresses belong to a mapping of guest memory, or are kept for one, and nobody has a reference into it.
 pub unsafe fn map_over(
     address: usize,
     bytes: u64,
@@ -405,21 +411,43 @@ pub unsafe fn map_over(
     at: u64,
     sharing: Sharing,
 ) -> io::Result<()> {
-    let length = usize::try_from(bytes).map_err(io::Error::other)?;
     let at = libc::off_t::try_from(at).map_err(io::Error::other)?;
     let sharing = match sharing {
         Sharing::Shared => libc::MAP_SHARED,
         Sharing::Private => libc::MAP_PRIVATE,
     };
-    let flags = sharing | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    // SAFETY: the caller's.
+    unsafe { map_at(address, bytes, sharing, file.as_raw_fd(), at) }
+}
+
+/// Maps zeroes over what is at an address.
+///
+/// # Safety
+/// As for [`map_over`].
+pub unsafe fn map_zeroes(address: usize, bytes: u64) -> io::Result<()> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: the caller's.
+    unsafe { map_at(address, bytes, flags, -1, 0) }
+}
+
+/// # Safety
+/// As for [`map_over`].
+unsafe fn map_at(
+    address: usize,
+    bytes: u64,
+    flags: libc::c_int,
+    file: RawFd,
+    at: libc::off_t,
+) -> io::Result<()> {
+    let length = usize::try_from(bytes).map_err(io::Error::other)?;
     // SAFETY: the caller's.
     let mapped = unsafe {
         libc::mmap(
             address as *mut libc::c_void,
             length,
             libc::PROT_READ | libc::PROT_WRITE,
-            flags,
-            file.as_raw_fd(),
+            flags | libc::MAP_FIXED | libc::MAP_NORESERVE,
+            file,
             at,
         )
     };

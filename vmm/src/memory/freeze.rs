@@ -119,7 +119,7 @@ impl Ram {
                 // Now that nobody writes to it any more.
                 if let Err(error) = replaced.and_then(|()| base::seal(&file)) {
                     // Nothing was written meanwhile, so all is as before.
-                    base::share(&self.memory, &file)?;
+                    base::map_file(&self.memory, &file, Sharing::Shared)?;
                     self.is_parting = false;
                     return Err(error.into());
                 }

@@ -6,19 +6,20 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use lepton_api::types::HugePages;
+use lepton_devices::Memory;
 use lepton_snapshot::CHUNK;
 use serde::Serialize;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use super::base::{self, Base};
+use super::base::{self, Base, Sharing};
 use super::freeze::with_few;
 use super::pager::{PageError, Pager, Source};
 use super::userfault::Userfault;
-use super::{MemoryError, MemorySize, Origin, Ram, allocate, map};
+use super::{MemoryError, Origin, Ram};
 
 /// Why saved memory cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -48,34 +49,29 @@ pub enum ImageError {
     Host(#[from] io::Error),
 }
 
-/// Maps the memory file of `source`, whose first bytes are a memory of `size`. Pages are read when they are touched,
+/// Maps the memory file of `source`, whose first bytes are such a memory, over the empty `memory`. Pages are read when they are touched,
 /// and copied when they are written; nothing checks them. Who truncates the file kills the machine by SIGBUS.
-pub fn map_unverified(
-    source: Source,
-    size: MemorySize,
-    huge_pages: HugePages,
-) -> Result<Ram, ImageError> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
-    let memory = map(size, huge_pages, flags, Some(&source.file))?;
-    Ok(Ram::new(memory, Origin::File(Mutex::new(source))))
+pub fn map_unverified(source: Source, memory: Arc<Memory>) -> Result<Ram, ImageError> {
+    base::map_file(&memory, &source.file, Sharing::Private)?;
+    let ram = Ram::new(memory, Origin::File(Mutex::new(source)));
+    ram.protect();
+    Ok(ram)
 }
 
-/// Memory of `size` that is filled from `source` and checked when it is touched. `failed` is told of the first chunk
+/// The empty `memory`, filled from `source` and checked when it is touched. `failed` is told of the first chunk
 /// that is not what was saved.
 pub fn map_verified(
     source: Source,
-    size: MemorySize,
-    huge_pages: HugePages,
+    memory: Arc<Memory>,
     failed: impl FnOnce(PageError) + Send + 'static,
 ) -> Result<Ram, ImageError> {
-    let memory = allocate(size, huge_pages)?;
     let own = Source {
         file: source.file.try_clone()?,
         manifest: source.manifest.try_clone()?,
     };
     let pager = Pager::new(memory.clone(), source).map_err(ImageError::Unchecked)?;
     let mut ram = Ram::new(memory, Origin::File(Mutex::new(own)));
-    ram.pager = Some(pager.spawn(failed)?);
+    ram.pager = Some(pager.ready(failed));
     Ok(ram)
 }
 
@@ -113,18 +109,17 @@ struct Mapping {
     page_size_kib: u64,
 }
 
-/// Memory of `size` whose faults are served by the process that listens at `path`. It is sent one message, a JSON list
+/// The empty `memory`, whose faults are served by the process that listens at `path`. It is sent one message, a JSON list
 /// of the mappings, and with it the descriptor from which it reads the faults.
 pub fn map_elsewhere(
     path: &Path,
-    size: MemorySize,
+    memory: Arc<Memory>,
     huge_pages: HugePages,
 ) -> Result<Ram, ImageError> {
     let failed = |source: io::Error| ImageError::Handler {
         path: path.to_owned(),
         source,
     };
-    let memory = allocate(size, huge_pages)?;
     let userfault = Userfault::new().map_err(failed)?;
     let page_size = match huge_pages {
         HugePages::Hugetlbfs2M => 2 << 20,

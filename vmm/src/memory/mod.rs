@@ -6,6 +6,7 @@ pub mod file;
 pub mod freeze;
 pub mod image;
 pub mod pager;
+pub mod place;
 pub mod present;
 pub mod private;
 pub mod small_pages;
@@ -22,15 +23,16 @@ use lepton_devices::dirty::DirtyPages;
 use lepton_snapshot::Leaves;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
 };
 
-use self::base::Base;
+use self::base::{Base, Sharing};
 use self::pager::{Paging, Source};
 use self::private::{Count, Shares};
 use self::userfault::Userfault;
 use crate::arch::x86_64::layout;
+use crate::arch::x86_64::paging::Fetch;
 
 const MIB: u64 = 1 << 20;
 /// Largest guest in MiB: 1 TiB. A host may be smaller, which [`allocate`] checks.
@@ -222,6 +224,15 @@ impl Ram {
         Ok(())
     }
 
+    /// Has memory that comes from a file filled when it is touched, from now on: to be called before it is. What the processor needs
+    /// for `fetch` is filled in at once.
+    pub fn serve(&mut self, fetch: Option<Fetch>) -> io::Result<()> {
+        match &mut self.pager {
+            Some(pager) => pager.begin(fetch),
+            None => Ok(()),
+        }
+    }
+
     /// Where devices note what they write.
     pub fn dirty(&self) -> Option<Arc<DirtyPages>> {
         Some(self.tracking.as_ref()?.devices.clone())
@@ -244,7 +255,7 @@ pub fn allocate(size: MemorySize, huge_pages: HugePages) -> Result<Arc<Memory>, 
             true => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
             false => libc::MAP_NORESERVE,
         };
-    map(size, huge_pages, flags, None)
+    map(size, huge_pages, flags)
 }
 
 /// The same in a file, which is the second result, so that it need not be copied to stand still (see [`freeze`]).
@@ -262,7 +273,7 @@ pub fn allocate_shared(
     // The host kernel lays large anonymous mappings on 2 MiB boundaries, and those of files not: page tables are moved
     // whole only from one boundary to another.
     let memory = allocate(size, huge_pages)?;
-    base::share(&memory, &file).map_err(fail)?;
+    base::map_file(&memory, &file, Sharing::Shared).map_err(fail)?;
     protect(&memory, huge_pages);
     Ok((memory, file))
 }
@@ -282,25 +293,19 @@ fn map(
     size: MemorySize,
     huge_pages: HugePages,
     flags: libc::c_int,
-    file: Option<&File>,
 ) -> Result<Arc<Memory>, MemoryError> {
     let huge = huge_pages == HugePages::Hugetlbfs2M;
     let mut regions = Vec::new();
-    let mut offset = 0;
     for (start, bytes) in layout::ram(size.bytes) {
         let fail = |reason: String| match huge {
             true => MemoryError::HugePages { bytes, reason },
             false => MemoryError::Map { bytes, reason },
         };
         let build = |length| {
-            let mut builder = MmapRegionBuilder::new_with_bitmap(length, ())
+            let builder = MmapRegionBuilder::new_with_bitmap(length, ())
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
                 .with_mmap_flags(flags)
                 .with_hugetlbfs(huge);
-            if let Some(file) = file {
-                let file = file.try_clone().map_err(|e| fail(e.to_string()))?;
-                builder = builder.with_file_offset(FileOffset::new(file, offset));
-            }
             builder.build().map_err(|e| fail(e.to_string()))
         };
         let length = usize::try_from(bytes).map_err(|e| fail(e.to_string()))?;
@@ -308,7 +313,6 @@ fn map(
         let region = GuestRegionMmap::new(mapping, GuestAddress(start))
             .ok_or_else(|| fail("its end overflows".into()))?;
         regions.push(region);
-        offset += bytes;
     }
     let memory = Memory::from_regions(regions).map_err(|e| MemoryError::Map {
         bytes: size.bytes,

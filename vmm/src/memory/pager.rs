@@ -15,10 +15,11 @@ use lepton_devices::Memory;
 use lepton_devices::dirty::DirtyPages;
 use lepton_snapshot::{CHUNK, Hash, Manifest, ManifestError};
 use rustix::event::{Timespec, poll};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::userfault::Userfault;
+use crate::arch::x86_64::paging::Fetch;
 use crate::exit::ExitCode;
 use crate::reach::{self, ReachError};
 
@@ -95,14 +96,42 @@ pub struct Pager {
     stop: Arc<EventFd>,
 }
 
-/// A pager at work. It stops when this is dropped, which must not be before all who touch the memory are gone.
+/// Who is told why a pager cannot go on.
+type Failed = Box<dyn FnOnce(PageError) + Send>;
+
+/// A pager, at work or ready. It stops when this is dropped, which must not be before all who touch the memory are gone.
 pub struct Paging {
     laid: Arc<Mutex<Option<Laid>>>,
     stop: Arc<EventFd>,
+    /// Until it begins.
+    ready: Option<(Pager, Failed)>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Paging {
+    /// Has it serve faults, if it does not yet. Before the first it fills in what the processor will read for `fetch`, which would
+    /// be a fault each, and for each the processor would wait for two threads to wake.
+    pub fn begin(&mut self, fetch: Option<Fetch>) -> io::Result<()> {
+        let Some((mut pager, failed)) = self.ready.take() else {
+            return Ok(());
+        };
+        let thread = std::thread::Builder::new()
+            .name("pager".into())
+            .stack_size(256 << 10)
+            .spawn(move || {
+                let without_files = reach::give_up_files().map_err(PageError::Files);
+                if let Err(error) = without_files.and_then(|()| pager.serve(fetch)) {
+                    log::error!("{error}");
+                    failed(error);
+                    // The event loop itself may be who waits for the chunk, on behalf of a device.
+                    let _ = poll(&mut [], Some(&GRACE));
+                    std::process::exit(ExitCode::Failure as i32);
+                }
+            })?;
+        self.thread = Some(thread);
+        Ok(())
+    }
+
     /// Lets memory have `bytes` at `at`, below the hole for devices, once their chunk is touched, which nobody has done yet. They
     /// end in that chunk. The last call counts.
     pub fn lay_over(&self, at: u64, bytes: &[u8], dirty: Option<Arc<DirtyPages>>) {
@@ -143,34 +172,45 @@ impl Pager {
         })
     }
 
-    /// Starts to serve. `failed` is told, once, why it cannot go on; who waits for the bad chunk then waits for ever.
-    pub fn spawn(mut self, failed: impl FnOnce(PageError) + Send + 'static) -> io::Result<Paging> {
-        let (laid, stop) = (self.laid.clone(), self.stop.clone());
-        let thread = std::thread::Builder::new()
-            .name("pager".into())
-            .stack_size(256 << 10)
-            .spawn(move || {
-                let without_files = reach::give_up_files().map_err(PageError::Files);
-                if let Err(error) = without_files.and_then(|()| self.serve()) {
-                    log::error!("{error}");
-                    failed(error);
-                    // The event loop itself may be who waits for the chunk, on behalf of a device.
-                    let _ = poll(&mut [], Some(&GRACE));
-                    std::process::exit(ExitCode::Failure as i32);
-                }
-            })?;
-        Ok(Paging {
-            laid,
-            stop,
-            thread: Some(thread),
-        })
+    /// It, ready to serve. `failed` is told, once, why it cannot go on; who waits for the bad chunk then waits for ever.
+    pub fn ready(self, failed: impl FnOnce(PageError) + Send + 'static) -> Paging {
+        Paging {
+            laid: self.laid.clone(),
+            stop: self.stop.clone(),
+            ready: Some((self, Box::new(failed))),
+            thread: None,
+        }
     }
 
-    fn serve(&mut self) -> Result<(), PageError> {
+    fn serve(&mut self, fetch: Option<Fetch>) -> Result<(), PageError> {
+        if let Some(fetch) = fetch {
+            self.fill_for(fetch)?;
+        }
         while let Some(fault) = self.userfault.next(&self.stop)? {
             self.fill(fault)?;
         }
         Ok(())
+    }
+
+    fn fill_for(&mut self, fetch: Fetch) -> Result<(), PageError> {
+        let memory = self.memory.clone();
+        let mut filled = Ok(());
+        let mut last = None;
+        let mut fill = |at: u64| -> Option<GuestAddress> {
+            let address = GuestAddress(at);
+            // Where there is no memory is for the processor to say.
+            let host = memory.get_host_address(address).ok()? as u64;
+            let chunk = self.find(host);
+            // Tables often lie together.
+            if chunk != last {
+                last = chunk;
+                filled = self.fill(host);
+            }
+            filled.is_ok().then_some(address)
+        };
+        let code = fetch.walk(|entry| memory.read_obj(fill(entry)?).ok());
+        code.and_then(fill);
+        filled
     }
 
     fn fill(&mut self, fault: u64) -> Result<(), PageError> {
@@ -231,6 +271,7 @@ impl Pager {
 
 #[cfg(test)]
 mod tests {
+    use kvm_bindings::{kvm_regs, kvm_sregs};
     use lepton_api::types::HugePages;
     use lepton_snapshot::{Leaves, Replacement, state_file};
     use std::path::Path;
@@ -316,8 +357,29 @@ mod tests {
         }
         assert_eq!(dirty.take()[0], 1 << 17);
         let (sender, failed) = channel();
-        // Not `spawn`: that ends the process.
-        std::thread::spawn(move || sender.send(pager.serve().unwrap_err().to_string()));
+        // What is filled in ahead waits for nobody who serves.
+        let (regs, sregs) = (
+            kvm_regs {
+                rip: CHUNK as u64,
+                ..Default::default()
+            },
+            kvm_sregs::default(),
+        );
+        let fetch = Fetch::next(&regs, &sregs).unwrap();
+        pager.fill_for(fetch).unwrap();
+        assert_eq!(
+            memory.read_obj::<u8>(GuestAddress(CHUNK as u64)).unwrap(),
+            7
+        );
+        let outside = kvm_regs {
+            rip: 1 << 40,
+            ..regs
+        };
+        pager
+            .fill_for(Fetch::next(&outside, &sregs).unwrap())
+            .unwrap();
+        // Not `begin`: that ends the process.
+        std::thread::spawn(move || sender.send(pager.serve(None).unwrap_err().to_string()));
         let at = |chunk: u64| GuestAddress(chunk * CHUNK as u64 + 5000);
         assert_eq!(memory.read_obj::<u8>(at(1)).unwrap(), 7);
         assert_eq!(memory.read_obj::<u8>(at(3)).unwrap(), 0);

@@ -12,10 +12,11 @@ use crate::config::{Configuration, Shape};
 use crate::identity::IdentityError;
 use crate::machine::restore::RestoreMachineError;
 use crate::machine::state::MachineState;
-use crate::memory::Ram;
 use crate::memory::base::Base;
 use crate::memory::image::{self, ImageError};
 use crate::memory::pager::{PageError, Source};
+use crate::memory::place::Place;
+use crate::memory::{Ram, allocate};
 use crate::reach::ReachError;
 
 /// How often the log is told how far it is.
@@ -128,11 +129,12 @@ impl Saved {
         Ok((state, base, configuration))
     }
 
-    /// Gets the memory. `failed` is told of the first chunk that is not what was saved.
+    /// Gets the memory, in `place` if that is as large. `failed` is told of the first chunk that is not what was saved.
     pub fn map(
         self,
         backend: &Backend,
         configuration: &Configuration,
+        place: Option<Place>,
         failed: impl FnOnce(PageError) + Send + 'static,
     ) -> Result<(MachineState, Ram), LoadError> {
         let Saved { state, manifest } = self;
@@ -149,12 +151,14 @@ impl Saved {
             let file = memory_file::open(path, manifest.bytes(), manifest.root())?;
             Ok(Source { file, manifest })
         };
+        let empty = || match place.filter(|place| place.suits(memory, huge_pages)) {
+            Some(place) => place.clear().map_err(ImageError::from),
+            None => allocate(memory, huge_pages).map_err(ImageError::from),
+        };
         let ram = match backend {
-            Backend::Checked(path) => {
-                image::map_verified(source(path)?, memory, huge_pages, failed)?
-            }
-            Backend::Unchecked(path) => image::map_unverified(source(path)?, memory, huge_pages)?,
-            Backend::Elsewhere(path) => image::map_elsewhere(path, memory, huge_pages)?,
+            Backend::Checked(path) => image::map_verified(source(path)?, empty()?, failed)?,
+            Backend::Unchecked(path) => image::map_unverified(source(path)?, empty()?)?,
+            Backend::Elsewhere(path) => image::map_elsewhere(path, empty()?, huge_pages)?,
         };
         Ok((state, ram.tracked(track_dirty_pages)))
     }

@@ -65,6 +65,8 @@ pub struct VcpuThread {
     kick: Kick,
     /// Locked by the thread but while it waits at its gate.
     fd: Arc<Mutex<VcpuFd>>,
+    /// What the thread waits for, until the machine runs for the first time.
+    seat: Option<(SyncSender<Errand>, Seat)>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -130,26 +132,35 @@ impl Standby {
         entered.recv().ok()
     }
 
-    /// Gives it its vCPU, which waits at the gate before the first instruction.
-    pub fn run(self, mut fd: VcpuFd, shared: VcpuShared) -> io::Result<VcpuThread> {
+    /// The thread of this vCPU. It is not woken before [`VcpuThread::start`].
+    pub fn of(self, mut fd: VcpuFd, shared: VcpuShared) -> VcpuThread {
         let Standby { thread, errands } = self;
         let kick = Kick::new(&mut fd);
         let fd = Arc::new(Mutex::new(fd));
-        let taken = errands.send(Errand::Sit(Seat {
+        let seat = Seat {
             fd: fd.clone(),
             shared,
             kick: kick.clone(),
-        }));
-        taken.map_err(|_| io::Error::other("it has ended"))?;
-        Ok(VcpuThread {
+        };
+        VcpuThread {
             kick,
             fd,
+            seat: Some((errands, seat)),
             thread: Some(thread),
-        })
+        }
     }
 }
 
 impl VcpuThread {
+    /// Gives the thread its vCPU, if it does not have it yet. To be called once the gate is open: a thread that would wait there
+    /// again is woken twice, and the second time the processor that it had may have gone to sleep.
+    pub fn start(&mut self) {
+        if let Some((errands, seat)) = self.seat.take() {
+            // It has not ended, for it waits for this.
+            drop(errands.send(Errand::Sit(seat)));
+        }
+    }
+
     /// Makes the vCPU leave the guest and look at its gate.
     pub fn interrupt(&self) {
         if let Some(thread) = &self.thread {
@@ -159,6 +170,8 @@ impl VcpuThread {
 
     /// Waits for the thread's end.
     pub fn join(mut self) {
+        // One that has none ends when there will be none.
+        self.seat = None;
         if let Some(thread) = self.thread.take() {
             // A panic has ended the process already.
             drop(thread.join());

@@ -5,4 +5,5 @@ pub mod compatible;
 pub mod cpuid;
 pub mod layout;
 pub mod mptable;
+pub mod paging;
 pub mod registers;
