@@ -26,7 +26,7 @@ use lepton_vmm::controller::{Controller, Inbox, Mailbox, Message, Next, Options,
 use lepton_vmm::events::{self, Loop};
 use lepton_vmm::exit::ExitCode;
 use lepton_vmm::identity::Entropy;
-use lepton_vmm::kvm;
+use lepton_vmm::kvm::{self, Hypervisor};
 use lepton_vmm::machine::generation::Generation;
 use lepton_vmm::memory::{self, present};
 use lepton_vmm::overlay::{self, OverlayFailure};
@@ -129,6 +129,15 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         reach::keep_files();
     }
     let host = |what| failure::<io::Error>(ExitCode::Failure, what);
+    let hypervisor = match &cli.config_file {
+        // A machine will be started at once: what takes longest of it begins first. If it fails, it fails again when the machine is made,
+        // and is told then.
+        Some(_) => Hypervisor::open().ok(),
+        None => None,
+    };
+    if let Some(hypervisor) = &hypervisor {
+        hypervisor.begin_to_ask_for_cpuid();
+    }
     let allow_path = allowed_paths(&cli)?;
     // The log first: what the API's thread says is to go where the command line says.
     lepton_vmm::log::init(cli.id());
@@ -167,8 +176,8 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
             .chain((!cli.no_api).then(|| cli.api_socket().to_owned()))
             .collect(),
     };
-    let mut controller =
-        Controller::new(options, mailbox).map_err(failure(ExitCode::Failure, "defaults"))?;
+    let mut controller = Controller::new(options, mailbox, hypervisor)
+        .map_err(failure(ExitCode::Failure, "defaults"))?;
     // Before the filter: the first look at the clock asks the kernel where it is.
     time_on(ClockId::Monotonic);
     memory::measure_host();

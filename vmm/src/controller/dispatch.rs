@@ -106,15 +106,19 @@ pub(super) fn refused(error: impl std::fmt::Display) -> Fault {
 const UNDER_WAY: Duration = Duration::from_millis(100);
 
 impl Controller {
-    /// A controller of a machine about which nothing is known yet.
-    pub fn new(options: Options, mailbox: Mailbox) -> Result<Self, ConfigError> {
+    /// A controller of a machine about which nothing is known yet. Without a `hypervisor` KVM is opened when it is needed.
+    pub fn new(
+        options: Options,
+        mailbox: Mailbox,
+        hypervisor: Option<Hypervisor>,
+    ) -> Result<Self, ConfigError> {
         Ok(Controller {
             options,
             mailbox,
             phase: Phase::Configuring,
             configuration: Configuration::new()?,
             held: None,
-            hypervisor: None,
+            hypervisor,
             standby: None,
             saveable: None,
             metrics: Metrics::default(),

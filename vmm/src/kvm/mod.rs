@@ -3,8 +3,8 @@
 
 use std::cell::{Cell, RefCell};
 use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
-use std::sync::{Arc, Barrier, OnceLock};
-use std::thread;
+use std::sync::{Arc, Barrier, Mutex, OnceLock, PoisonError};
+use std::thread::{self, JoinHandle};
 
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES,
@@ -87,6 +87,9 @@ impl Ahead {
 /// What [`Hypervisor::supported_cpuid`] was told. It stays the same as long as the host runs.
 static SUPPORTED: OnceLock<CpuId> = OnceLock::new();
 
+/// The thread that asks.
+static ASKING: Mutex<Option<JoinHandle<()>>> = Mutex::new(None);
+
 /// What [`use_descriptor`] was given.
 static HANDED: OnceLock<Arc<Kvm>> = OnceLock::new();
 
@@ -146,7 +149,10 @@ impl Hypervisor {
         if self.ahead.borrow().is_some() {
             return;
         }
-        let blank = self.while_asked_for_cpuid(|| self.kvm.create_vm().ok());
+        self.begin_to_ask_for_cpuid();
+        let blank = self.kvm.create_vm().ok();
+        // In order to have it: nobody else is to wait for it, and no thread to be left.
+        let _ = self.supported_cpuid();
         self.ahead.replace(blank.map(Ahead::Blank));
     }
 
@@ -202,42 +208,42 @@ impl Hypervisor {
         call("KVM_CREATE_VM", self.kvm.create_vm())
     }
 
-    /// Does `work` while a thread of its own asks for [`Self::supported_cpuid`], unless that is known: on a host that is itself
-    /// a guest it takes as long as to make a machine, since each leaf is an exit to that host's. What fails is asked again when it is
+    /// Has a thread of its own ask for [`Self::supported_cpuid`], unless that is known or asked for: on a host that is itself a guest
+    /// it takes as long as to make a machine, since each leaf is an exit to that host's. What fails is asked again when it is
     /// needed, and told then.
     ///
-    /// Both meet before they begin: the kernel starts a thread where its parent runs, more often than not, but whom it wakes it
+    /// Both meet before they go on: the kernel starts a thread where its parent runs, more often than not, but whom it wakes it
     /// puts where nobody runs.
-    pub fn while_asked_for_cpuid<T>(&self, work: impl FnOnce() -> T) -> T {
-        if SUPPORTED.get().is_some() {
-            return work();
+    pub fn begin_to_ask_for_cpuid(&self) {
+        let mut asking = ASKING.lock().unwrap_or_else(PoisonError::into_inner);
+        if asking.is_some() || SUPPORTED.get().is_some() {
+            return;
         }
-        let kvm = &*self.kvm;
-        let both = Barrier::new(2);
-        thread::scope(|scope| {
-            let asking = thread::Builder::new()
-                .name("cpuid".into())
-                .spawn_scoped(scope, || {
-                    // First of all: whatever becomes of this thread, nobody waits for it here.
-                    both.wait();
-                    reach::give_up_files().ok()?;
-                    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).ok()
-                });
-            if asking.is_ok() {
-                both.wait();
-            }
-            let done = work();
-            if let Ok(asking) = asking
-                && let Ok(Some(cpuid)) = asking.join()
+        let kvm = self.kvm.clone();
+        let both = Arc::new(Barrier::new(2));
+        let other = both.clone();
+        let thread = thread::Builder::new().name("cpuid".into()).spawn(move || {
+            // First of all: whatever becomes of this thread, nobody waits for it here.
+            other.wait();
+            if reach::give_up_files().is_ok()
+                && let Ok(cpuid) = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             {
                 SUPPORTED.get_or_init(|| cpuid);
             }
-            done
-        })
+        });
+        if let Ok(thread) = thread {
+            both.wait();
+            *asking = Some(thread);
+        }
     }
 
     /// CPUID that KVM can give a guest on this host. Asked once; slow on a host that is itself a guest.
     pub fn supported_cpuid(&self) -> Result<&CpuId, KvmError> {
+        let asking = ASKING.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = asking {
+            // A panic has ended the process already.
+            drop(thread.join());
+        }
         if let Some(cpuid) = SUPPORTED.get() {
             return Ok(cpuid);
         }

@@ -135,8 +135,8 @@ pub fn build(
     };
     let ram = Ram::new(memory.clone(), origin).tracked(shape.track_dirty_pages);
     log::debug!("memory mapped");
-    let (vm, loaded) =
-        hypervisor.while_asked_for_cpuid(|| create_and_load(hypervisor, &memory, shape, boot))?;
+    hypervisor.begin_to_ask_for_cpuid();
+    let (vm, loaded) = create_and_load(hypervisor, &memory, shape, boot)?;
     let pins = layout::VIRTIO_IRQ as usize + devices.len();
     let ioapic = Arc::new(IoApic::new(vm.msi_sink(), pins));
     let devices_paused = Arc::new(DevicesPaused::default());
