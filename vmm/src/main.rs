@@ -136,7 +136,8 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         None => None,
     };
     if let Some(hypervisor) = &hypervisor {
-        hypervisor.begin_to_ask_for_cpuid();
+        let filters = filters.clone();
+        hypervisor.begin_to_ask_for_cpuid(move || filters.confine(Thread::Vmm).is_ok());
     }
     let allow_path = allowed_paths(&cli)?;
     // The log first: what the API's thread says is to go where the command line says.

@@ -7,6 +7,7 @@ use lepton_api::types::{SnapshotCreate, SnapshotLoad, SnapshotType};
 
 use super::dispatch::{Controller, console_of, refused};
 use super::held::{Held, Waiting};
+use super::mailbox::Message;
 use super::phase::Phase;
 use super::policy::Denied;
 use crate::clone::{Template, TemplateError};
@@ -102,9 +103,10 @@ impl Controller {
         };
         let mut configuration = saved.configure(&Overrides::from(request))?;
         log::debug!("devices made");
-        let around = self.surroundings();
-        let stopped = around.stopped.clone();
-        let failed = move |error: PageError| stopped(Stop::Failed(error.to_string()));
+        let mailbox = self.mailbox.clone();
+        let failed = move |error: PageError| {
+            mailbox.send(Message::Stopped(Stop::Failed(error.to_string())));
+        };
         let backend = Backend::try_from(request)?;
         let (state, ram) = saved.map(&backend, &configuration, self.place(), failed)?;
         log::debug!("memory mapped");
@@ -122,7 +124,7 @@ impl Controller {
         };
         self.check_processor(&state)?;
         let hypervisor = self.take_hypervisor()?;
-        let built = restore::restore(&hypervisor, restoration, around)?;
+        let built = restore::restore(&hypervisor, restoration, self.surroundings())?;
         self.configuration = configuration;
         let mut reach = self.reach();
         // The next snapshot, as a rule.

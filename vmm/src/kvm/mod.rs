@@ -149,7 +149,7 @@ impl Hypervisor {
         if self.ahead.borrow().is_some() {
             return;
         }
-        self.begin_to_ask_for_cpuid();
+        self.begin_to_ask_for_cpuid(|| true);
         let blank = self.kvm.create_vm().ok();
         // In order to have it: nobody else is to wait for it, and no thread to be left.
         let _ = self.supported_cpuid();
@@ -213,8 +213,8 @@ impl Hypervisor {
     /// needed, and told then.
     ///
     /// Both meet before they go on: the kernel starts a thread where its parent runs, more often than not, but whom it wakes it
-    /// puts where nobody runs.
-    pub fn begin_to_ask_for_cpuid(&self) {
+    /// puts where nobody runs. `confine` is for a thread that does not inherit a filter.
+    pub fn begin_to_ask_for_cpuid(&self, confine: impl FnOnce() -> bool + Send + 'static) {
         let mut asking = ASKING.lock().unwrap_or_else(PoisonError::into_inner);
         if asking.is_some() || SUPPORTED.get().is_some() {
             return;
@@ -226,6 +226,7 @@ impl Hypervisor {
             // First of all: whatever becomes of this thread, nobody waits for it here.
             other.wait();
             if reach::give_up_files().is_ok()
+                && confine()
                 && let Ok(cpuid) = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             {
                 SUPPORTED.get_or_init(|| cpuid);

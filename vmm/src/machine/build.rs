@@ -135,7 +135,7 @@ pub fn build(
     };
     let ram = Ram::new(memory.clone(), origin).tracked(shape.track_dirty_pages);
     log::debug!("memory mapped");
-    hypervisor.begin_to_ask_for_cpuid();
+    hypervisor.begin_to_ask_for_cpuid(|| true);
     let (vm, loaded) = create_and_load(hypervisor, &memory, shape, boot)?;
     let pins = layout::VIRTIO_IRQ as usize + devices.len();
     let ioapic = Arc::new(IoApic::new(vm.msi_sink(), pins));
